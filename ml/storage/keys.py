@@ -1,0 +1,65 @@
+"""The layout of the object store. Every key that Millstream reads or writes is built here.
+
+datasets/  <anything users put here>                       read as training data, never written by a run
+runs/      artifacts/sha256/<2>/<62>                       every derived byte, once, by digest
+           stages/<stage>/<stage_key>.json                 a finished stage, written last
+           checkpoints/<stage_key>/step-<n>/<file>         training state; manifest.json written last
+           runs/<run_id>/{config,manifest,outcome}.json    what one run asked for and what came of it
+registry/  registry/<name>/versions/<utc>-<sha8>.json      immutable
+           registry/<name>/aliases.json                    the only mutable object; moved by If-Match
+"""
+
+import re
+from typing import Literal
+
+BucketRole = Literal["datasets", "runs", "registry"]
+
+_SEGMENT = re.compile(r"[A-Za-z0-9._=@+-]+")
+
+
+def check_key(key: str) -> str:
+    """Return the key, or raise ValueError when it is not a relative path of plain segments."""
+    parts = key.split("/")
+    if any(part in (".", "..") or not _SEGMENT.fullmatch(part) for part in parts):
+        raise ValueError(f"object key {key!r} is not a relative path of [A-Za-z0-9._=@+-] segments")
+    return key
+
+
+def bucket_name(prefix: str, role: BucketRole) -> str:
+    return f"{prefix}{role}"
+
+
+def artifact(sha256: str) -> str:
+    return f"artifacts/sha256/{sha256[:2]}/{sha256[2:]}"
+
+
+def stage_record(stage: str, stage_key: str) -> str:
+    return f"stages/{stage}/{stage_key}.json"
+
+
+def checkpoint_prefix(stage_key: str) -> str:
+    return f"checkpoints/{stage_key}/"
+
+
+def checkpoint_file(stage_key: str, step: int, file_name: str) -> str:
+    return f"checkpoints/{stage_key}/step-{step:08d}/{file_name}"
+
+
+def training_plan(stage_key: str) -> str:
+    return f"checkpoints/{stage_key}/plan.json"
+
+
+def run_file(run_id: str, file_name: Literal["config.json", "manifest.json", "outcome.json", "report.html", "events.jsonl"]) -> str:
+    return f"runs/{run_id}/{file_name}"
+
+
+def model_version(name: str, version: str) -> str:
+    return f"registry/{name}/versions/{version}.json"
+
+
+def model_versions_prefix(name: str) -> str:
+    return f"registry/{name}/versions/"
+
+
+def model_aliases(name: str) -> str:
+    return f"registry/{name}/aliases.json"
