@@ -48,6 +48,9 @@ class Bundle(Record):
     graphs: dict[str, GraphSpec]
     side_files: tuple[str, ...] = ()
     options: dict = Field(default_factory=dict)
+    batch_invariant: bool = Field(
+        default=True, description="false: a reply would depend on the other rows of its batch, so rows are run one at a time"
+    )
     input_schema: dict = Field(description="JSON Schema of one request item")
     output_schema: dict = Field(description="JSON Schema of one reply item")
     provenance: dict = Field(default_factory=dict, description="method and parameters that made it, library versions")

@@ -26,11 +26,15 @@ class Predictor:
         self.run_graph = run_graph
 
     def outputs(self, requests: Sequence[dict]) -> dict[str, np.ndarray]:
-        """Raw graph outputs for one batch."""
-        return self.run_graph(self.codec.encode(requests))
+        """Raw graph outputs, one row per request."""
+        if self.bundle.batch_invariant or len(requests) == 1:
+            return self.run_graph(self.codec.encode(requests))
+        # Dynamic INT8 takes its activation scale from the whole batch: run alone, a row has one answer.
+        rows = [self.run_graph(self.codec.encode([request])) for request in requests]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def predict(self, requests: Sequence[dict]) -> list[dict]:
-        """One reply per request, in order, computed as one batch."""
+        """One reply per request, in order."""
         return self.codec.decode(requests, self.outputs(requests))
 
 
