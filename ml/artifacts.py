@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ml.errors import CompressionError
+
 
 class Record(BaseModel):
     """Base of all records: immutable, and strict about unknown fields."""
@@ -135,6 +137,12 @@ class Variant(Record):
     seconds: float = 0.0
     failure: str | None = None
 
+    def require_bundle(self) -> BundleRef:
+        """Raises CompressionError when the method failed."""
+        if self.bundle is None:
+            raise CompressionError(f"variant {self.name} was not made: {self.failure}")
+        return self.bundle
+
 
 class Interval(Record):
     """A point estimate with its 95 % bootstrap interval."""
@@ -165,6 +173,13 @@ class Timing(Record):
     latency_ratio_to_onnx: Interval | None = None
 
 
+class Timings(Record):
+    """All variants timed in one go, on one machine."""
+
+    timings: dict[str, Timing]
+    machine: dict = Field(description="processor, cores and threads; timings of another machine are not comparable")
+
+
 class Quality(Record):
     """Metrics of one model on one split, and its paired difference to the uncompressed model."""
 
@@ -183,6 +198,9 @@ class Evaluation(Record):
     variant: str
     quality: Quality
     timing: Timing | None = None
+
+    def with_timing(self, timings: Timings) -> "Evaluation":
+        return self.model_copy(update={"timing": timings.timings.get(self.variant)})
 
 
 class ClauseResult(Record):

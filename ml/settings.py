@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     s3_ca_file: Path | None = Field(default=None, description="private CA for https endpoints")
     bucket_prefix: str = "millstream-"
     threads_per_process: int = Field(default=1, ge=1, description="math threads of a serving process")
+    predictor_url: str | None = Field(default=None, description="base URL of the running predictor; filled in by the local stack")
 
 
 @lru_cache(maxsize=1)

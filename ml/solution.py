@@ -127,6 +127,11 @@ class BaselineResult:
     parameters: dict
 
 
+def text_requests(table: "pd.DataFrame") -> list[dict]:
+    """Rows of a split table as requests, for solutions whose request is one text."""
+    return [{"text": text} for text in table["text"]]
+
+
 @dataclass(frozen=True)
 class SolutionSpec:
     """A solution's wiring: plain functions, each importing its heavy libraries when called.
@@ -135,12 +140,14 @@ class SolutionSpec:
         model_config: pydantic model of the `model` section of `config.yaml`.
         clean: raw table + settings -> (kept rows, dropped rows with `reason`, rule -> count).
         train: trains and writes a torch bundle.
+        base_model_digest: model settings -> what identifies the pretrained weights it starts from, for stage keys.
         export_onnx: torch bundle folder -> ONNX Runtime fp32 bundle in another folder.
         build_module: bundle, its folder, graph name -> the torch module in eval mode, weights loaded.
         load_codec: bundle and its folder -> codec.
         score: predictor + split table -> per-row scores.
         baseline: split name -> table, labels -> the scores of a simple model anyone would try first.
         metrics: splits -> metrics, the primary one first.
+        requests: rows of a split table -> requests, for calibration and for asking the served model.
         sample_requests: what a newcomer would try on the served model.
     """
 
@@ -149,12 +156,14 @@ class SolutionSpec:
     model_config: type[BaseModel]
     clean: "Callable[[pd.DataFrame, CleanConfig], tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]]"
     train: Callable[[TrainContext], TrainResult]
+    base_model_digest: Callable[[Any], str]
     export_onnx: Callable[[Path, Path], Bundle]
     build_module: "Callable[[Bundle, Path, str], torch.nn.Module]"
     load_codec: Callable[[Bundle, Path], Codec]
     score: "Callable[[Predictor, pd.DataFrame], Scores]"
     baseline: "Callable[[dict[str, pd.DataFrame], SplitDataset, int], BaselineResult]"
     metrics: "Callable[[SplitDataset], tuple[Metric, ...]]"
+    requests: "Callable[[pd.DataFrame], list[dict]]" = text_requests
     sample_requests: tuple[dict, ...] = field(default=())
 
 

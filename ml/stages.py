@@ -60,16 +60,28 @@ class StageResult(Generic[R]):
     """A record, and whether it was found instead of computed."""
 
     record: R
-    stage: str
+    label: str
     key: str
     reused: bool
     seconds: float
 
 
-def run_stage(store: ArtifactStore, stage: Stage, key: str, compute: Callable[[], R]) -> StageResult[R]:
+def run_stage(
+    store: ArtifactStore,
+    stage: Stage,
+    key: str,
+    compute: Callable[[], R],
+    *,
+    label: str | None = None,
+    keep: Callable[[R], bool] = lambda record: True,
+) -> StageResult[R]:
     """Return the stored record of this key, or compute and store it.
 
-    The record is written last, so a stage that was killed half-way leaves nothing that anyone reads.
+    The record is written last, so a stage that was killed half-way leaves nothing that anyone reads. A record that
+    `keep` refuses (a failure that may pass next time) is returned but not stored.
+
+    Args:
+        label: how logs and reports call it; by default the stage's name.
     """
     started = time.monotonic()
     record_key = keys.stage_record(stage.name, key)
@@ -81,11 +93,12 @@ def run_stage(store: ArtifactStore, stage: Stage, key: str, compute: Callable[[]
         logger.warning("%s: the stored record %s is of an older form and is computed anew", stage.name, record_key)
         found = None
     if found is not None:
-        logger.info("%s: reused, nothing that goes into it changed (%s)", stage.name, key[:8])
-        return StageResult(found, stage.name, key, True, time.monotonic() - started)  # type: ignore[arg-type]
+        logger.info("%s: reused, nothing that goes into it changed (%s)", label or stage.name, key[:8])
+        return StageResult(found, label or stage.name, key, True, time.monotonic() - started)  # type: ignore[arg-type]
     record = compute()
-    store.objects.put(store.runs_bucket, record_key, record.model_dump_json(indent=1).encode())
-    return StageResult(record, stage.name, key, False, time.monotonic() - started)
+    if keep(record):
+        store.objects.put(store.runs_bucket, record_key, record.model_dump_json(indent=1).encode())
+    return StageResult(record, label or stage.name, key, False, time.monotonic() - started)
 
 
 def _describe(part: object) -> object:

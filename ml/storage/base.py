@@ -9,7 +9,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a store says of an object. `etag` changes with every write."""
+    """What a store says of an object. `etag` changes with its bytes.
+
+    `modified` is by the store's clock; in the result of a put, by the clock of this machine.
+    """
 
     bucket: str
     key: str
@@ -21,7 +24,8 @@ class ObjectInfo:
 class ObjectStore(Protocol):
     """Implemented by `ml.storage.s3.S3Store` (any S3 endpoint) and `ml.storage.memory.MemoryStore` (for tests).
 
-    Keys are relative paths of `[A-Za-z0-9._=@+-]` segments joined by `/`; others are refused with ValueError.
+    Keys are relative paths of `[A-Za-z0-9._=@+-]` segments joined by `/`; to write under another is refused with ValueError.
+    Objects that others put there can be read, listed and deleted under any relative path.
     A put is atomic: a reader sees the old object, the new one, or none, never a part.
     """
 

@@ -18,10 +18,20 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=@+-]+")
 
 
 def check_key(key: str) -> str:
-    """Return the key, or raise ValueError when it is not a relative path of plain segments."""
+    """Return a key to be written, or raise ValueError when it is not a relative path of plain segments."""
     parts = key.split("/")
     if any(part in (".", "..") or not _SEGMENT.fullmatch(part) for part in parts):
         raise ValueError(f"object key {key!r} is not a relative path of [A-Za-z0-9._=@+-] segments")
+    return key
+
+
+def check_path(key: str) -> str:
+    """Return a key to be read, or raise ValueError when it could point outside its bucket.
+
+    People may have put objects there under any name, so this refuses less than `check_key`.
+    """
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"object key {key!r} is not a relative path: a segment of it is empty, '.' or '..'")
     return key
 
 
@@ -63,3 +73,7 @@ def model_versions_prefix(name: str) -> str:
 
 def model_aliases(name: str) -> str:
     return f"registry/{name}/aliases.json"
+
+
+def models_prefix() -> str:
+    return "registry/"

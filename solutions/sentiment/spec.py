@@ -4,6 +4,7 @@ from ml.solution import SolutionSpec
 from ml.text_classification.baseline import train_baseline
 from ml.text_classification.cleaning import clean_texts
 from ml.text_classification.codec import load_codec
+from ml.text_classification.encoders import encoder_digest
 from ml.text_classification.export import export_onnx
 from ml.text_classification.metrics import classification_metrics
 from ml.text_classification.model import build_module
@@ -17,6 +18,7 @@ SPEC = SolutionSpec(
     model_config=TextClassifierConfig,
     clean=clean_texts,
     train=train_text_classifier,
+    base_model_digest=lambda model: encoder_digest(model.encoder),
     export_onnx=export_onnx,
     build_module=build_module,
     load_codec=load_codec,

@@ -1,0 +1,76 @@
+# Each target is one line of real command; `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+
+# Settings of `make run` and `make predict`: `make run DATA=reviews.csv TEXT=review LABEL=stars`
+run_options = $(if $(SOLUTION),--solution "$(SOLUTION)") $(if $(NAME),--name "$(NAME)") $(if $(PROFILE),--profile "$(PROFILE)") \
+	$(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)") $(if $(LABEL),--label "$(LABEL)") $(if $(ENCODING),--encoding "$(ENCODING)") \
+	$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BUDGET_MINUTES),--budget-minutes "$(BUDGET_MINUTES)") $(foreach pair,$(SET),--set "$(pair)")
+
+.PHONY: help run up down status logs predict lineage rollback test test-slow test-soak check format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+run: $(VENV)/.run ## raw data to a served model; DATA= TEXT= LABEL= NAME= PROFILE= ENCODER= ENCODING= BUDGET_MINUTES= SET="key=value ..."
+	@$(BIN)/millstream run $(run_options)
+
+up: $(VENV)/.run ## start the object store, the Prefect UI and the predictor, and leave them running
+	@$(BIN)/millstream up
+
+down: $(VENV)/.run ## stop what `make up` started
+	@$(BIN)/millstream down
+
+status: $(VENV)/.run ## what runs, where, and whether it is healthy
+	@$(BIN)/millstream status
+
+logs: $(VENV)/.run ## the logs of all parts, newest last
+	@$(BIN)/millstream logs
+
+predict: $(VENV)/.run ## score a file with the served model: DATA= OUT= [NAME=] [TEXT=]
+	@$(BIN)/millstream predict --data "$(DATA)" --out "$(OUT)" $(if $(NAME),--name "$(NAME)") $(if $(TEXT),--text "$(TEXT)") $(if $(ENCODING),--encoding "$(ENCODING)")
+
+lineage: $(VENV)/.run ## which data and which run made the served model: [NAME=]
+	@$(BIN)/millstream lineage $(or $(NAME),sentiment)
+
+rollback: $(VENV)/.run ## serve the previous champion again: [NAME=]
+	@$(BIN)/millstream rollback $(or $(NAME),sentiment)
+
+test: $(VENV)/.dev ## the quick tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev ## the slow tests and the browser tests
+	$(BIN)/python -m pytest -m 'slow or browser'
+
+test-soak: $(VENV)/.dev ## loops of injected faults
+	$(BIN)/python -m pytest -m soak --timeout=7200
+
+check: $(VENV)/.dev ## ruff, types, import rules
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright && $(BIN)/lint-imports
+
+format: $(VENV)/.dev ## format the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lock: $(VENV)/.dev ## resolve pyproject.toml into the lock files
+	$(BIN)/python infra/write_locks.py
+
+clean: ## stop everything and remove all local state; keeps .venv
+	@if [ -x $(BIN)/millstream ]; then $(BIN)/millstream clean --yes; else rm -rf .millstream; fi
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by plain pip: with it installed nothing else pulls another build of it.
+$(VENV)/.run: requirements.lock requirements-demo.lock pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements-demo.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.lock
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements-dev.lock
+	@touch $@

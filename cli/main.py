@@ -1,0 +1,134 @@
+"""The `millstream` command. Each command is a few lines here; what it does lives in the module it calls."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import reported_errors
+
+app = typer.Typer(
+    name="millstream",
+    help="Raw data in, a small, fast, deployed model out, or a clear reason why not.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str | None, typer.Option(help="model name in the registry and in its URL")]
+
+
+@app.command()
+def run(
+    solution: Annotated[str, typer.Option(help="recipe: a folder of solutions/")] = "sentiment",
+    name: Name = None,
+    profile: Annotated[str, typer.Option(help="a profile of the solution's config.yaml")] = "quick",
+    data: Annotated[str | None, typer.Option(help="CSV, Parquet or JSONL file or folder, or s3://bucket/prefix")] = None,
+    text: Annotated[str | None, typer.Option(help="column with the text")] = None,
+    label: Annotated[str | None, typer.Option(help="column with the class")] = None,
+    encoding: Annotated[str | None, typer.Option(help="text encoding of the files; detected by default")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Hugging Face folder, s3:// prefix, package:<name>/<folder>, or hub name")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="time the run may take; large data is sampled to fit")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. --set train.epochs=3")] = None,
+) -> None:
+    """Train, compress, judge and serve a model. Exit 0 deployed or unchanged, 3 rejected, 2 bad input, 1 failure."""
+    with reported_errors():
+        from cli.run_command import run_pipeline
+
+        raise typer.Exit(
+            run_pipeline(
+                {
+                    "solution": solution,
+                    "name": name,
+                    "profile": profile,
+                    "data": data,
+                    "text_column": text,
+                    "label_column": label,
+                    "encoding": encoding,
+                    "encoder": encoder,
+                    "budget_minutes": budget_minutes,
+                },
+                set_ or [],
+            )
+        )
+
+
+@app.command()
+def up() -> None:
+    """Start the object store, the Prefect server and UI, and the predictor, and leave them running."""
+    with reported_errors():
+        from cli.stack_commands import start_stack
+
+        start_stack()
+
+
+@app.command()
+def down() -> None:
+    """Stop what `up` started. The state stays."""
+    with reported_errors():
+        from cli.stack_commands import stop_stack
+
+        stop_stack()
+
+
+@app.command()
+def status() -> None:
+    """Show what runs, where, and whether it is healthy. Exit 1 when a part is not."""
+    with reported_errors():
+        from cli.stack_commands import show_status
+
+        raise typer.Exit(show_status())
+
+
+@app.command()
+def logs(lines: Annotated[int, typer.Option(min=1, help="last lines of each part")] = 50) -> None:
+    """Show the logs of all parts."""
+    with reported_errors():
+        from cli.stack_commands import show_logs
+
+        show_logs(lines)
+
+
+@app.command()
+def predict(
+    data: Annotated[str, typer.Option(help="CSV, Parquet or JSONL file or folder, or s3://bucket/prefix")],
+    out: Annotated[Path, typer.Option(help="file to write: .csv, .parquet or .jsonl")],
+    name: Annotated[str, typer.Option(help="model name")] = "sentiment",
+    text: Annotated[str | None, typer.Option(help="column with the text")] = None,
+    encoding: Annotated[str | None, typer.Option(help="text encoding of the files")] = None,
+) -> None:
+    """Score the rows of a file with the champion."""
+    with reported_errors():
+        from cli.predict_command import predict_rows
+
+        predict_rows(data, out, name, text, encoding)
+
+
+@app.command()
+def lineage(name: Annotated[str, typer.Argument(help="model name")] = "sentiment") -> None:
+    """Show which data, which run and which settings made what is live."""
+    with reported_errors():
+        from cli.registry_commands import show_lineage
+
+        show_lineage(name)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="model name")] = "sentiment",
+    why: Annotated[str, typer.Option(help="reason, kept with the alias")] = "rollback by hand",
+) -> None:
+    """Make the previous champion the champion again."""
+    with reported_errors():
+        from cli.registry_commands import roll_back
+
+        roll_back(name, why)
+
+
+@app.command()
+def clean(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Stop everything and remove the local state: stored data, models, runs, logs."""
+    with reported_errors():
+        from cli.stack_commands import remove_state
+
+        remove_state(ask=not yes)

@@ -1,0 +1,64 @@
+"""Keeps what a run has produced so far, so that every run ends with an outcome and a report, also one that fails."""
+
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ml.artifacts import Record
+from ml.config import RunRequest
+from ml.outcome import PipelineOutcome, RunRecords, StageTiming
+from ml.runs import Run, start_run
+from ml.stages import StageResult
+from ml.storage.connect import open_artifact_store
+from tasks.options import failed_stage
+from tasks.reporting import publish_outcome
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Record)
+
+
+class Journal:
+    """`with Journal(request) as journal:` around a run. An error inside is written down as the outcome, then raised on."""
+
+    run: Run
+
+    def __init__(self, request: RunRequest):
+        self.request = request
+        self.records = RunRecords()
+
+    def __enter__(self) -> "Journal":
+        self.run = start_run(open_artifact_store(), self.request)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            return
+        self.note(current_stage=failed_stage(error))
+        try:
+            publish_outcome(self.run, self.records, error)
+        except Exception:
+            # The store may be what failed: the first error is the one that people must see.
+            logger.exception("the outcome of run %s could not be written", self.run.run_id)
+
+    def keep(self, field: str | None, result: StageResult[R]) -> R:
+        """Note a finished stage, under a field of RunRecords if one is given, and return its record."""
+        timing = StageTiming(stage=result.label, key=result.key, reused=result.reused, seconds=result.seconds)
+        self.note(stages=(*self.records.stages, timing))
+        if field is not None:
+            self.note(**{field: result.record})
+        return result.record
+
+    def keep_all(self, field: str, results: Sequence[StageResult[R]]) -> tuple[R, ...]:
+        """Note several results of one stage as one field of RunRecords."""
+        found = tuple(self.keep(None, result) for result in results)
+        self.note(**{field: found})
+        return found
+
+    def note(self, **fields: Any) -> None:
+        self.records = self.records.model_copy(update=fields)
+
+    def close(self) -> PipelineOutcome:
+        """The run has come to its end: write outcome and report."""
+        return publish_outcome(self.run, self.records, None)

@@ -1,0 +1,43 @@
+"""`python -m services.predictor --port 8000`: the predictor in the foreground, until SIGTERM or Ctrl-C."""
+
+import argparse
+import os
+
+import uvicorn
+
+from ml.settings import load_settings
+from ml.storage.connect import open_artifact_store
+from services.predictor.app import create_app
+from services.predictor.events import configure_logging, log_event
+from services.predictor.inference import InferencePool, num_inference_threads
+from services.predictor.models import Models
+
+GRACE_SECONDS = 8  # below the ten seconds after which a process that was asked to end is killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m services.predictor", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no authentication: keep it on loopback")
+    parser.add_argument("--port", type=int, required=True)
+    arguments = parser.parse_args()
+
+    configure_logging()
+    settings = load_settings()
+    models = Models(open_artifact_store(settings), settings.state_dir / "models", num_threads=settings.threads_per_process)
+    pool = InferencePool(num_inference_threads(settings.threads_per_process))
+    log_event("starting", host=arguments.host, port=arguments.port, pid=os.getpid())
+    # Server errors still reach the log; each request has its own line already.
+    uvicorn.run(
+        create_app(models, pool),
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    log_event("stopped")
+
+
+if __name__ == "__main__":
+    main()

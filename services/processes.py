@@ -1,0 +1,299 @@
+"""Long-running local processes: started detached, remembered on disk, recognised again, stopped for certain.
+
+A process is known by its pid and its start time together, so a pid that the system gave to somebody else is never
+mistaken for ours. State lies in one folder:
+
+    processes/<name>.json   the record of a process
+    logs/<name>.log         its output, kept over restarts
+    ports.json              ports, chosen once
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ml.errors import ServiceError
+
+# Below the range that Linux gives to outgoing connections, so that a kept port is seldom taken while we are down.
+PORT_RANGE = range(20_000, 32_000)
+LOG_LIMIT_BYTES = 20 * 2**20
+NUM_LOG_LINES_SHOWN = 20
+POLL_SECONDS = 0.05
+# psutil derives the start time from the boot time, which moves by up to a second when the clock is adjusted.
+START_TIME_TOLERANCE_SECONDS = 2.0
+
+# Children of this very process, kept so that they are reaped when they end.
+_children: dict[int, subprocess.Popen] = {}
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """A process that was started here. It leads a session, so its pid is also the id of its group."""
+
+    name: str
+    pid: int
+    started: float
+    command: tuple[str, ...]
+
+
+def start_process(name: str, command: Sequence[str], *, state_dir: Path, env: Mapping[str, str] | None = None) -> ProcessRecord:
+    """Start a detached process and remember it.
+
+    Args:
+        name: at most one process of a name lives in a state folder.
+        env: variables on top of those of this process.
+
+    Raises:
+        ServiceError: a process of this name is alive, or the command cannot be run.
+    """
+    with service_lock(f"{name}.start", state_dir):
+        if alive := read_process(name, state_dir):
+            raise ServiceError(f"{name} is already running as process {alive.pid}; stop it first")
+        log = log_path(name, state_dir)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        with log.open("ab") as output:
+            try:
+                child = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, **(env or {})},
+                )
+            except OSError as error:
+                raise ServiceError(f"{name} could not be started with {command[0]!r}: {error}") from error
+        _children[child.pid] = child
+        record = ProcessRecord(name, child.pid, _start_time(child.pid), tuple(command))
+        write_atomically(_record_path(name, state_dir), json.dumps(asdict(record), indent=1).encode())
+        return record
+
+
+def read_process(name: str, state_dir: Path) -> ProcessRecord | None:
+    """The record of a process that is alive; None when there is no record, or its process is dead or a zombie."""
+    record = _read_record(name, state_dir)
+    return record if record and _is_alive(record) else None
+
+
+def stop_process(name: str, state_dir: Path, grace_seconds: float = 10) -> None:
+    """End a process and all of its group: TERM, wait, KILL. Does nothing when there is none.
+
+    Raises:
+        ServiceError: the group is still there after KILL.
+    """
+    record = _read_record(name, state_dir)
+    if record is None:
+        return
+    if not _pid_belongs_to_somebody_else(record):
+        _signal_group(record.pid, signal.SIGTERM)
+        if not _wait_until_group_is_gone(record.pid, grace_seconds):
+            _signal_group(record.pid, signal.SIGKILL)
+            if not _wait_until_group_is_gone(record.pid, 5):
+                raise ServiceError(f"{name}: process group {record.pid} is still there after KILL; look at `ps -g {record.pid}`")
+    _record_path(name, state_dir).unlink(missing_ok=True)
+
+
+def choose_port(name: str, state_dir: Path) -> int:
+    """A loopback port, chosen once per name and kept in `ports.json`.
+
+    The kept port is chosen anew when a process that is none of ours listens on it.
+
+    Raises:
+        ServiceError: no free port was found.
+    """
+    path = state_dir / "ports.json"
+    with service_lock("ports", state_dir):
+        ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
+        kept = ports.get(name)
+        if kept is not None and (_is_free(kept) or _is_ours(kept, state_dir)):
+            return kept
+        for candidate in random.sample(PORT_RANGE, k=200):
+            if candidate not in ports.values() and _is_free(candidate):
+                ports[name] = candidate
+                write_atomically(path, json.dumps(ports, indent=1, sort_keys=True).encode())
+                return candidate
+    raise ServiceError(f"{name}: no free port on 127.0.0.1 among 200 tried in {PORT_RANGE.start}-{PORT_RANGE.stop - 1}")
+
+
+def wait_until_healthy(name: str, check: Callable[[], bool], *, state_dir: Path, timeout_seconds: float) -> None:
+    """Poll `check` until it is true. An exception in it counts as "not yet" and is named when time is up.
+
+    Raises:
+        ServiceError: the process died, or time is up; with the last lines of its log.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    last_error: Exception | None = None
+    while True:
+        alive = read_process(name, state_dir) is not None
+        if alive:
+            try:
+                if check():
+                    return
+            except Exception as error:
+                last_error = error
+        if not alive or time.monotonic() > deadline:
+            what = f"did not become healthy within {timeout_seconds:g} s" if alive else "died while starting"
+            reason = f" (last check: {last_error})" if last_error else ""
+            path = log_path(name, state_dir)
+            raise ServiceError(f"{name} {what}{reason}. The end of its log {path}:\n{_last_lines(path)}")
+        time.sleep(POLL_SECONDS)
+
+
+def log_path(name: str, state_dir: Path) -> Path:
+    return state_dir / "logs" / f"{name}.log"
+
+
+@contextlib.contextmanager
+def service_lock(name: str, state_dir: Path) -> Iterator[None]:
+    """Hold a lock between processes, so that two commands at once do not both start a service.
+
+    The system releases it when its holder dies. Not re-entrant.
+    """
+    folder = state_dir / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that readers see whole or not at all, readable by its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _record_path(name: str, state_dir: Path) -> Path:
+    return state_dir / "processes" / f"{name}.json"
+
+
+def _read_record(name: str, state_dir: Path) -> ProcessRecord | None:
+    path = _record_path(name, state_dir)
+    try:
+        values = json.loads(path.read_bytes())
+        return ProcessRecord(values["name"], values["pid"], values["started"], tuple(values["command"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServiceError(f"{path} is damaged ({error}); end the process {name} by hand and delete the file") from error
+
+
+def _start_time(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:  # died and was reaped already: a record that matches no living process
+        return time.time()
+
+
+def _find(record: ProcessRecord) -> psutil.Process | None:
+    """The process with the record's pid, if there is one and it started when the record says."""
+    try:
+        process = psutil.Process(record.pid)
+        return process if abs(process.create_time() - record.started) <= START_TIME_TOLERANCE_SECONDS else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_alive(record: ProcessRecord) -> bool:
+    _reap(record.pid)
+    process = _find(record)
+    try:
+        return process is not None and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _pid_belongs_to_somebody_else(record: ProcessRecord) -> bool:
+    """The pid was reused, which the system does only once the whole group is gone."""
+    return psutil.pid_exists(record.pid) and _find(record) is None
+
+
+def _reap(pid: int) -> None:
+    child = _children.get(pid)
+    if child is not None and child.poll() is not None:
+        del _children[pid]
+
+
+def _group_members(group: int) -> list[int]:
+    """Living processes of a group; zombies are not."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                members.append(process.pid)
+        except (ProcessLookupError, PermissionError, psutil.Error):
+            continue
+    return members
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _wait_until_group_is_gone(group: int, timeout_seconds: float) -> bool:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        _reap(group)
+        if not _group_members(group):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # Connections of an earlier server that are still closing do not make a port taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _is_ours(port: int, state_dir: Path) -> bool:
+    """Whether a process that was started from this state folder listens on the port."""
+    for path in (state_dir / "processes").glob("*.json"):
+        record = read_process(path.stem, state_dir)
+        for pid in _group_members(record.pid) if record else ():
+            try:
+                connections = psutil.Process(pid).net_connections(kind="tcp")
+            except psutil.Error:
+                continue
+            if any(item.status == psutil.CONN_LISTEN and item.laddr.port == port for item in connections):
+                return True
+    return False
+
+
+def _last_lines(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 64_000))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return "(no log)"
+    return "\n".join(text.splitlines()[-NUM_LOG_LINES_SHOWN:]) or "(empty)"

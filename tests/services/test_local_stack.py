@@ -1,0 +1,190 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+import services.local_stack
+from ml.errors import ServiceError
+from ml.settings import Settings, load_settings
+from services import object_store, prefect_server
+from services.local_stack import LocalStack, UserLock, check_room, running_stack
+from services.predictor import launcher as predictor
+from services.processes import read_process
+
+# For the tests that are not about Prefect, whose server takes long to start.
+SOME_PREFECT = "http://127.0.0.1:9/api"
+PARTS = (object_store.NAME, prefect_server.NAME, predictor.NAME)
+
+
+@pytest.fixture
+def state_dir(tmp_path, monkeypatch):
+    for name in ("MILLSTREAM_S3_ENDPOINT", "MILLSTREAM_PREDICTOR_URL", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    load_settings.cache_clear()
+    yield tmp_path / "state"
+    LocalStack(tmp_path / "state").down()
+    assert processes_of(tmp_path) == []
+
+
+def processes_of(folder: Path) -> list[list[str]]:
+    """Command lines of all processes that have the folder in their command or environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mentions = str(folder) in " ".join([*process.cmdline(), *process.environ().values()])
+            if mentions and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return found
+
+
+def pids(state_dir: Path) -> dict[str, int]:
+    records = {part: read_process(part, state_dir) for part in PARTS}
+    return {part: record.pid for part, record in records.items() if record}
+
+
+def small_stack(state_dir: Path) -> LocalStack:
+    return LocalStack(state_dir, prefect_api_url=SOME_PREFECT)
+
+
+def test_up_heals_parts_that_were_killed_and_down_leaves_no_process(state_dir):
+    stack = LocalStack(state_dir)
+    addresses = stack.up()
+    first = pids(state_dir)
+    assert set(first) == set(PARTS)
+    assert [(part.part, part.pid, part.healthy, part.managed) for part in stack.status()] == [
+        (name, first[name], True, True) for name in PARTS
+    ]
+    assert [part.url for part in stack.status()] == [addresses.s3_endpoint, addresses.prefect_api_url, addresses.predictor_url]
+
+    assert stack.up() == addresses
+    assert pids(state_dir) == first
+
+    for pid in first.values():
+        os.kill(pid, signal.SIGKILL)
+    assert [part.healthy for part in stack.status()] == [False, False, False]
+    assert stack.up() == addresses
+    assert set(pids(state_dir)) == set(PARTS)
+    assert not set(pids(state_dir).values()) & set(first.values())
+    assert all(part.healthy for part in stack.status())
+
+    with running_stack(state_dir) as same:
+        assert same == addresses
+    assert set(pids(state_dir)) == set(PARTS), "a run must not stop what `up` started"
+
+    stack.down()
+    assert processes_of(state_dir) == []
+
+
+def test_a_run_stops_what_it_started_and_gives_its_environment_back(state_dir):
+    before = dict(os.environ)
+    with small_stack(state_dir).running() as addresses:
+        assert load_settings().s3_endpoint == addresses.s3_endpoint
+        assert load_settings().predictor_url == addresses.predictor_url
+        assert os.environ["PREFECT_API_URL"] == SOME_PREFECT
+        assert set(pids(state_dir)) == {object_store.NAME, predictor.NAME}
+    assert pids(state_dir) == {}
+    assert dict(os.environ) == before
+
+
+def test_a_run_that_fails_stops_what_it_started(state_dir):
+    with pytest.raises(ZeroDivisionError), small_stack(state_dir).running():
+        raise ZeroDivisionError
+    assert pids(state_dir) == {}
+
+
+def test_the_last_of_several_users_stops_the_stack(state_dir):
+    other = UserLock(state_dir)
+    with small_stack(state_dir).running():
+        pass
+    left = pids(state_dir)
+    assert set(left) == {object_store.NAME, predictor.NAME}
+    assert other.release()
+    with small_stack(state_dir).running():
+        assert pids(state_dir) == left
+    assert pids(state_dir) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_end_stops_what_it_started(state_dir, number):
+    with run_in_child(state_dir) as child:
+        child.send_signal(number)
+        assert child.wait(timeout=30) != 0
+    assert pids(state_dir) == {}
+
+
+def test_a_run_after_a_killed_one_adopts_and_then_stops_what_that_left(state_dir):
+    with run_in_child(state_dir) as child:
+        left = pids(state_dir)
+        child.kill()
+    assert set(left) == {object_store.NAME, predictor.NAME}
+    with small_stack(state_dir).running():
+        assert pids(state_dir) == left
+    assert pids(state_dir) == {}
+
+
+def test_a_mark_of_an_earlier_boot_keeps_nothing_up(state_dir):
+    stack = small_stack(state_dir)
+    stack.up()
+    for pid in pids(state_dir).values():
+        os.kill(pid, signal.SIGKILL)
+    with stack.running():
+        assert pids(state_dir)
+    assert pids(state_dir) == {}
+
+
+def test_parts_given_by_the_environment_are_not_started(state_dir):
+    settings = Settings(s3_endpoint="127.0.0.1:9", predictor_url="http://127.0.0.1:9")
+    stack = LocalStack(state_dir, settings=settings, prefect_api_url=SOME_PREFECT)
+    with stack.running() as addresses:
+        assert (addresses.s3_endpoint, addresses.predictor_url) == ("127.0.0.1:9", "http://127.0.0.1:9")
+        assert pids(state_dir) == {}
+    assert [(part.managed, part.healthy) for part in stack.status()] == [(False, False)] * 3
+
+
+def test_other_settings_replace_the_predictor(state_dir):
+    small_stack(state_dir).up()
+    before = pids(state_dir)
+    LocalStack(state_dir, settings=Settings(threads_per_process=2), prefect_api_url=SOME_PREFECT).up()
+    after = pids(state_dir)
+    assert after[object_store.NAME] == before[object_store.NAME]
+    assert after[predictor.NAME] != before[predictor.NAME]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("MIN_FREE_DISK_BYTES", "MILLSTREAM_STATE_DIR"), ("MIN_FREE_MEMORY_BYTES", "memory")])
+def test_too_little_room_is_said_before_anything_starts(state_dir, monkeypatch, limit, expected):
+    check_room(state_dir)
+    monkeypatch.setattr(services.local_stack, limit, 10**18)
+    with pytest.raises(ServiceError, match=expected), small_stack(state_dir).running():
+        pass
+    assert pids(state_dir) == {}
+
+
+class run_in_child:
+    """A child process that is inside `running()`."""
+
+    def __init__(self, state_dir: Path):
+        code = f"""
+            import time
+            from pathlib import Path
+            from services.local_stack import LocalStack
+            with LocalStack(Path({str(state_dir)!r}), prefect_api_url={SOME_PREFECT!r}).running():
+                print("inside", flush=True)
+                time.sleep(60)
+        """
+        self.child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+
+    def __enter__(self) -> subprocess.Popen:
+        assert self.child.stdout is not None
+        assert self.child.stdout.readline() == b"inside\n"
+        return self.child
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
