@@ -11,6 +11,8 @@ from ml.errors import ConfigError
 from ml.settings import load_settings
 from services.local_stack import LocalStack
 
+OUR_LOGGERS = ("ml", "solutions", "flows", "tasks", "services")
+
 
 def run_pipeline(options: dict, overrides: list[str]) -> int:
     """Run the training pipeline and print its outcome; returns the exit code.
@@ -25,18 +27,21 @@ def run_pipeline(options: dict, overrides: list[str]) -> int:
 
     configure_logging()
     stack = LocalStack(load_settings().state_dir)
-    print("millstream: starting the object store, the Prefect server and the predictor (up to half a minute the first time)")
+    print("millstream: starting the object store, the Prefect server and the predictor (up to a minute the first time)", flush=True)
     with stack.running() as addresses:
-        print(f"millstream: Prefect UI at {addresses.prefect_ui_url}")
+        print(f"millstream: Prefect UI at {addresses.prefect_ui_url}", flush=True)
+        from prefect.logging.handlers import APILogHandler
+
         from flows.training_pipeline import training_pipeline
         from ml.report.table import print_outcome
 
-        outcome = training_pipeline(request)
+        try:
+            outcome = training_pipeline(request)
+        finally:
+            APILogHandler().flush()  # else the last lines are sent when the server is gone already
         print_outcome(outcome)
     if not stack.stays_up:
-        print(
-            "The stack ran for this run only. `make up` opens the Prefect UI and the predictor on the same state, `make down` closes them."
-        )
+        print("The stack ran for this run only. `make up` opens the Prefect UI and the predictor on the same state.")
     return outcome.exit_code
 
 
@@ -49,8 +54,8 @@ def parse_override(text: str) -> tuple[str, object]:
 
 
 def configure_logging() -> None:
-    """One readable line per event. Must run before Prefect is imported."""
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ml,solutions,flows,tasks,services")
-    for name in ("ml", "solutions", "flows", "tasks", "services"):
+    """Our own log lines reach the terminal and the Prefect UI. Must run before Prefect is imported."""
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OUR_LOGGERS))
+    for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -7,7 +7,6 @@ fails after the alias moved puts the alias back, so that the model that served b
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ml.artifacts import Deployment
-from ml.bundles import read_bundle, schema_digest
-from ml.errors import DeploymentError
-from ml.registry import Aliases, ModelVersion, Registry
+from ml.bundles import BUNDLE_FILE
+from ml.errors import BundleError, DeploymentError
+from ml.registry import ModelVersion, Registry
+from ml.storage.artifacts import digest_file
 
 if TYPE_CHECKING:
     import httpx
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 """Largest difference between a number expected and a number served. The same graph in another batch differs by about 1e-7."""
@@ -60,6 +58,8 @@ def deploy(
         requests or gives other replies; "failed" when an answer was wrong or missing, the alias then being where it was.
 
     Raises:
+        BundleError: the folder does not hold the bundle that the version names.
+        DeploymentError: a check failed and somebody else has moved the alias since, so that it was left alone.
         StorageError: the object store failed; the alias is put back if it had moved.
     """
     name = version.name
@@ -89,41 +89,29 @@ def deploy(
             return outcome("failed", f"the champion is this very model already, but it is not served: {error}", served=champion.version)
         return outcome("unchanged", f"the champion {champion.version} is this very model already", served=champion.version)
 
-    found = schema_digest(read_bundle(bundle_folder))
-    if found != version.schema_digest:
-        raise DeploymentError(f"{bundle_folder}: schema digest {found}, the version says {version.schema_digest}; describe the bundle anew")
+    if digest_file(bundle_folder / BUNDLE_FILE) != version.bundle.digest:
+        raise BundleError(f"{bundle_folder} is not the bundle of {name} {version.version}; fetch {version.bundle.digest[:8]} again")
     registry.add_version(version)
     registry.set_candidate(name, version.version, who, why)
     try:
         requests, expected = [pair[0] for pair in held_out], [pair[1] for pair in held_out]
         check_in_isolation(bundle_folder, requests, expected, timeout_seconds)
     except DeploymentError as error:
-        return outcome("failed", f"not promoted: {error}", served=None)
+        registry.set_candidate(name, None, who, f"{version.version} failed its check: {error}")
+        return outcome("failed", f"{version.version} was not promoted: {error}", served=None)
 
     registry.promote(name, version.version, who, why)
     try:
         if predictor_url:
             check_served(predictor_url, name, version.version, held_out, timeout_seconds)
     except DeploymentError as error:
-        put_back(registry, before, name, version.version, who, f"{version.version} failed its check: {error}")
+        registry.withdraw(name, version.version, before, who, f"{version.version} failed its check: {error}")
         return outcome("failed", f"the alias is back at {before.champion or 'nothing'}: {error}", served=None)
     except BaseException as error:
-        put_back(registry, before, name, version.version, who, f"the check of {version.version} was broken off: {type(error).__name__}")
+        registry.withdraw(name, version.version, before, who, f"its check was broken off: {type(error).__name__}")
         raise
     asked = f"; {len(held_out)} held-out rows asked over HTTP equal the offline replies" if predictor_url else ""
     return outcome("deployed", f"{version.version} is champion{asked}", served=version.version)
-
-
-def put_back(registry: Registry, before: Aliases, name: str, failed_version: str, who: str, why: str) -> None:
-    """Move the champion back to what it was, unless somebody else has moved it on since."""
-    now = registry.read_aliases(name)
-    if now.champion != failed_version:
-        logger.warning("%s: champion is %s by now, not %s; it is left alone", name, now.champion, failed_version)
-        return
-    if before.champion is None:
-        registry.clear_champion(name, who, why)
-    else:
-        registry.rollback(name, who, why)
 
 
 def check_in_isolation(bundle_folder: Path, requests: Sequence[dict], expected: Sequence[dict], timeout_seconds: float = 120) -> None:
@@ -253,7 +241,9 @@ def check_reply(found: object, wanted: object, path: str = "reply") -> str | Non
         # A NaN compares false to everything, so ask for closeness and not for distance.
         close = difference <= TOLERANCE
         return None if close else f"{path} is {found!r}, expected {wanted!r}, off by {difference:.3g} (at most {TOLERANCE:g})"
-    return None if found == wanted else f"{path} is {found!r}, expected {wanted!r}"
+    # Python holds True == 1; in JSON they are different values.
+    same = found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
+    return None if same else f"{path} is {found!r}, expected {wanted!r}"
 
 
 def predict_address(predictor_url: str, name: str) -> str:
@@ -281,8 +271,9 @@ def _chunks(requests: Sequence[dict]) -> Iterator[tuple[int, list[dict]]]:
 
 def _other_schema(champion: ModelVersion, version: ModelVersion) -> str:
     return (
-        f"{version.name} is taken: its champion {champion.version} answers other requests or gives other replies (labels {champion.options.get('labels')}) "
-        f"than this model (labels {version.options.get('labels')}), and its callers would break. Give this model another name, e.g. NAME={version.name}-2"
+        f"{version.name} is taken: its champion {champion.version} (labels {champion.options.get('labels')}) answers other questions than "
+        f"this model (labels {version.options.get('labels')}), and its callers would break; "
+        f"give this model another name, e.g. NAME={version.name}-2"
     )
 
 

@@ -84,6 +84,7 @@ class TrainContext:
     Args:
         train_table, validation_table: local Parquet files (`row_id`, `text`, `label`, `target`).
         splits: labels and counts.
+        solution: name that the bundle carries, so that it finds back to its codec.
         model: the solution's own config section, an instance of `SolutionSpec.model_config`.
         work_dir: survives a kill; the same folder is given again when the same training is resumed.
         output_dir: the torch bundle goes here.
@@ -93,6 +94,7 @@ class TrainContext:
     train_table: Path
     validation_table: Path
     splits: "SplitDataset"
+    solution: str
     config: "TrainConfig"
     model: BaseModel
     budget_seconds: float

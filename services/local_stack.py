@@ -94,6 +94,8 @@ class LocalStack:
         """
         with _signals_end_the_block(), service_lock(LOCK_NAME, self.state_dir):
             was_running = self._anything_runs()
+            if not was_running:
+                check_room(self.state_dir)
             try:
                 addresses = self._start()
             except BaseException:
@@ -131,6 +133,7 @@ class LocalStack:
         with _signals_end_the_block():
             user = UserLock(self.state_dir)
             try:
+                check_room(self.state_dir)
                 with service_lock(LOCK_NAME, self.state_dir):
                     if not self._anything_runs():
                         # "make up" of an earlier boot, or one that was killed: nothing was up before us.
@@ -144,11 +147,15 @@ class LocalStack:
                         self._stop()
 
     @property
+    def stays_up(self) -> bool:
+        """Whether `up` wants the stack to run on."""
+        return self._stays_up_path.exists()
+
+    @property
     def _stays_up_path(self) -> Path:
         return self.state_dir / "stays-up"
 
     def _start(self) -> StackAddresses:
-        check_room(self.state_dir)
         # The Prefect server takes longest by far: it starts while the others do.
         prefect_api_url = self._given_prefect_api_url or prefect_server.launch_prefect_server(self.state_dir)
         environment = dict(TELEMETRY_OFF) | self._store_environment()

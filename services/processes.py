@@ -30,7 +30,7 @@ from ml.errors import ServiceError
 PORT_RANGE = range(20_000, 32_000)
 LOG_LIMIT_BYTES = 20 * 2**20
 NUM_LOG_LINES_SHOWN = 20
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 # psutil derives the start time from the boot time, which moves by up to a second when the clock is adjusted.
 START_TIME_TOLERANCE_SECONDS = 2.0
 
@@ -107,24 +107,29 @@ def stop_process(name: str, state_dir: Path, grace_seconds: float = 10) -> None:
     _record_path(name, state_dir).unlink(missing_ok=True)
 
 
-def choose_port(name: str, state_dir: Path) -> int:
+def choose_port(name: str, state_dir: Path, *, companion_offset: int = 0) -> int:
     """A loopback port, chosen once per name and kept in `ports.json`.
 
     The kept port is chosen anew when a process that is none of ours listens on it.
+
+    Args:
+        companion_offset: for a server that also takes the port this much above; both are then free and kept.
 
     Raises:
         ServiceError: no free port was found.
     """
     path = state_dir / "ports.json"
+    companion_name = f"{name}+{companion_offset}"
     with service_lock("ports", state_dir):
         ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
-        kept = ports.get(name)
-        if kept is not None and (_is_free(kept) or _is_ours(kept, state_dir)):
-            return kept
-        for candidate in random.sample(PORT_RANGE, k=200):
-            if candidate not in ports.values() and _is_free(candidate):
-                ports[name] = candidate
-                write_atomically(path, json.dumps(ports, indent=1, sort_keys=True).encode())
+        kept = [ports[key] for key in (name, companion_name) if key in ports]
+        if name in ports and all(_is_free(port) or _is_ours(port, state_dir) for port in kept):
+            return ports[name]
+        taken = set(ports.values())
+        for candidate in random.sample(range(PORT_RANGE.start, PORT_RANGE.stop - companion_offset), k=200):
+            wanted = {name: candidate, companion_name: candidate + companion_offset} if companion_offset else {name: candidate}
+            if not taken & set(wanted.values()) and all(_is_free(port) for port in wanted.values()):
+                write_atomically(path, json.dumps({**ports, **wanted}, indent=1, sort_keys=True).encode())
                 return candidate
     raise ServiceError(f"{name}: no free port on 127.0.0.1 among 200 tried in {PORT_RANGE.start}-{PORT_RANGE.stop - 1}")
 

@@ -2,15 +2,17 @@
 
 import getpass
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import httpx
 
 from ml.artifacts import Decision, Deployment, Evaluation, RawDataset, SplitDataset, Variant
+from ml.bundles import read_bundle, schema_digest
 from ml.deployment import ask, deploy
 from ml.evaluation.held_out import held_out_replies
 from ml.evaluation.quality import scores_from_frame
 from ml.outcome import Sample
-from ml.registry import Registry, describe_version
+from ml.registry import ModelVersion, Registry, version_id
 from ml.runs import Run
 from ml.settings import load_settings
 from ml.solution import load_solution
@@ -32,13 +34,20 @@ def deploy_model(
         folder = folders[config.name]
         offline = scores_from_frame(store.get_frame(quality.scores))
         held_out = held_out_replies(folder, spec, store.get_frame(splits.test), offline, config.deploy.smoke_rows)
-        version = describe_version(
+        described = read_bundle(folder)
+        created = datetime.now(UTC)
+        version = ModelVersion(
             name=config.name,
-            bundle_ref=bundle,
-            folder=folder,
+            version=version_id(created, bundle),
+            solution=config.solution,
+            bundle=bundle,
+            schema_digest=schema_digest(described),
+            options=described.options,
             run_id=run.run_id,
             data={name: ref.sha256 for name, ref in raw.objects.items()},
             metrics={name: interval.value for name, interval in quality.metrics.items()},
+            created=created,
+            provenance=described.provenance,
         )
         return deploy(
             Registry(store),

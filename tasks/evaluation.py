@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml.artifacts import ArtifactRef, BaselineModel, Decision, Evaluation, SplitDataset, Timings, TrainedModel, Variant
 from ml.environment import describe_environment
-from ml.evaluation.quality import evaluate_bundle, evaluate_scores, scores_from_frame
+from ml.evaluation.quality import SplitName, evaluate_bundle, evaluate_scores, scores_from_frame
 from ml.evaluation.timing import measure_timings
 from ml.outcome import BASELINE_NAME, UNCOMPRESSED_NAME
 from ml.runs import Run
@@ -37,7 +37,7 @@ def measure_models(run: Run, trained: TrainedModel, variants: Sequence[Variant],
 
 
 def evaluate_models(
-    run: Run, split_name: str, splits: SplitDataset, baseline: BaselineModel, trained: TrainedModel, variants: Sequence[Variant]
+    run: Run, split_name: SplitName, splits: SplitDataset, baseline: BaselineModel, trained: TrainedModel, variants: Sequence[Variant]
 ) -> list[StageResult[Evaluation]]:
     """The uncompressed model, then the baseline and every variant beside it, on the same rows of one split."""
     uncompressed = Variant(name=UNCOMPRESSED_NAME, method="none", bundle=trained.bundle)
@@ -49,7 +49,7 @@ def evaluate_models(
 
 @stage_task("evaluate_model-{variant.name}-{split_name}")
 def evaluate_model(
-    run: Run, variant: Variant, splits: SplitDataset, split_name: str, reference: ArtifactRef | None
+    run: Run, variant: Variant, splits: SplitDataset, split_name: SplitName, reference: ArtifactRef | None
 ) -> StageResult[Evaluation]:
     """Score one variant on one split; `reference` holds the uncompressed model's scores of the same rows."""
     store, spec, config = open_artifact_store(), load_solution(run.config.solution), run.config.evaluate
@@ -68,7 +68,7 @@ def evaluate_model(
 
 @stage_task("evaluate_baseline-{split_name}")
 def evaluate_baseline(
-    run: Run, baseline: BaselineModel, splits: SplitDataset, split_name: str, reference: ArtifactRef
+    run: Run, baseline: BaselineModel, splits: SplitDataset, split_name: SplitName, reference: ArtifactRef
 ) -> StageResult[Evaluation]:
     """The baseline on the same rows, by the same metrics."""
     store, spec, config = open_artifact_store(), load_solution(run.config.solution), run.config.evaluate

@@ -28,8 +28,7 @@ def stage_task(task_run_name: str | None = None) -> Callable[[Callable[..., R]],
                     error.add_note(_NOTE + function.__name__)
                 raise
 
-        return task(
-            run,
+        wrap = task(
             task_run_name=task_run_name,
             retries=2,
             retry_delay_seconds=[2, 10],
@@ -37,6 +36,7 @@ def stage_task(task_run_name: str | None = None) -> Callable[[Callable[..., R]],
             cache_policy=NO_CACHE,
             persist_result=False,
         )
+        return wrap(run)
 
     return decorate
 

@@ -73,6 +73,7 @@ def _train(run: Run, splits: SplitDataset, store: ArtifactStore, key: str) -> Tr
     output_dir.mkdir(parents=True)
     result = spec.train(
         TrainContext(
+            solution=config.solution,
             train_table=store.get_file(splits.train, work_dir / "train.parquet"),
             validation_table=store.get_file(splits.validation, work_dir / "validation.parquet"),
             splits=splits,

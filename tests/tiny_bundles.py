@@ -1,6 +1,7 @@
 """Tiny but real text-classifier bundles: a word-level tokenizer and an ONNX graph, made in milliseconds."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from ml.bundles import Bundle, GraphSpec, TensorSpec, write_bundle
+from ml.bundles import Bundle, GraphSpec, TensorSpec, read_bundle, schema_digest, write_bundle
+from ml.registry import ModelVersion, version_id
+from ml.storage.artifacts import ArtifactStore
 from ml.text_classification.codec import INPUT_SCHEMA, TOKENIZER_FILE, output_schema
 
 GRAPH_FILE = "model.onnx"
@@ -53,6 +56,23 @@ def build_tiny_bundle(
         provenance={"method": "tiny", "weights_bytes": (folder / GRAPH_FILE).stat().st_size},
     )
     return write_bundle(folder, bundle)
+
+
+def tiny_version(store: ArtifactStore, folder: Path, *, name: str = "sentiment", second: int = 0) -> ModelVersion:
+    """Put a bundle folder into the store and describe it as a version, made `second` seconds after a fixed moment."""
+    bundle = read_bundle(folder)
+    reference = store.put_folder(folder)
+    created = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second)
+    return ModelVersion(
+        name=name,
+        version=version_id(created, reference),
+        solution=bundle.solution,
+        bundle=reference,
+        schema_digest=schema_digest(bundle),
+        options=bundle.options,
+        run_id="test-run",
+        created=created,
+    )
 
 
 def _write_tokenizer(path: Path, words: Sequence[str]) -> None:

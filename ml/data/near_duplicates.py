@@ -47,8 +47,7 @@ def find_near_duplicates(
     Within a class the later row is dropped. Across classes both stay, in one group. A row that is close to two
     groups is dropped, for it would tie them together.
 
-    Time: 50,000 reviews of 234 words took 27 s on one core of a shared two-core machine, of which a third each went
-    to words, hashes and look-ups; 8,500 sentences took 1.4 s.
+    Time on one core: 8,530 reviews of 234 words 2.3 s, as many sentences of 21 words 1.1 s; it grows with the words.
 
     Args:
         classes: class of each row.

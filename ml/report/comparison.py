@@ -40,7 +40,6 @@ class Comparison:
         metrics: names of the metric columns, the primary one first.
         percent: the metrics that lie in [0, 1] on every row, and are shown times 100.
         live: the chosen row is served.
-        rejected: name of the row that would have been deployed, had the run not been rejected.
     """
 
     split: Literal["validation", "test"]
@@ -49,7 +48,11 @@ class Comparison:
     percent: frozenset[str]
     rows: tuple[ModelRow, ...]
     live: bool
-    rejected: str | None
+
+    @property
+    def has_results(self) -> bool:
+        """Some model was scored or timed, or failed to be made: there is something to show."""
+        return any(row.validation.metrics or row.test.metrics or row.timing or row.failure for row in self.rows)
 
     def interval(self, row: ModelRow, metric: str) -> Interval | None:
         quality = row.test if self.split == "test" else row.validation
@@ -68,8 +71,6 @@ class Comparison:
             return Verdict("failed", "method failed")
         if row.chosen:
             return Verdict("chosen", "deployed" if self.live else "chosen")
-        if row.name == self.rejected:
-            return Verdict("fails", "rejected")
         if row.role == "baseline":
             return Verdict("reference", "baseline")
         if row.role == "uncompressed":
@@ -102,7 +103,6 @@ def compare(outcome: PipelineOutcome) -> Comparison:
         percent=frozenset(name for name, values in found.items() if all(0 <= item.value <= 1 for item in values)),
         rows=outcome.models,
         live=outcome.version is not None and outcome.alias is not None,
-        rejected=outcome.decision.variant if outcome.decision.status == "rejected" else None,
     )
 
 

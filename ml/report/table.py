@@ -1,6 +1,8 @@
 """The before/after table and the end of a run on the terminal, drawn by rich."""
 
+import html
 import json
+import re
 from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
@@ -11,17 +13,11 @@ from rich.text import Text
 from ml.artifacts import Interval, Timing
 from ml.outcome import ModelRow, PipelineOutcome
 from ml.report.comparison import MEGABYTE, Comparison, clause_words, compare, half_width, metric_title
+from ml.report.words import STATUS_WORDS, duration
 
 # Output that goes to a file or a pipe has no width of its own; this one fits logs and the usual table.
 PLAIN_WIDTH = 120
 
-_STATUS_WORDS = {
-    "deployed": "deployed, compressed",
-    "deployed_uncompressed": "deployed, not compressed",
-    "unchanged": "nothing new: this model is already the champion",
-    "rejected": "rejected, nothing was deployed",
-    "failed": "failed",
-}
 _STATUS_STYLES = {"deployed": "bold green", "deployed_uncompressed": "bold green", "unchanged": "bold green"}
 _VERDICT_STYLES = {"chosen": "bold green", "passes": "green", "fails": "yellow", "failed": "red", "reference": "dim", "unjudged": "dim"}
 _NOTHING = "–"
@@ -54,8 +50,8 @@ def before_after_table(outcome: PipelineOutcome, width: int) -> RenderableType:
     quality and cost.
     """
     comparison = compare(outcome)
-    if not comparison.rows:
-        return Text("No model was made, so there is nothing to compare.")
+    if not comparison.has_results:
+        return Text("No model was scored, so there is nothing to compare.")
     heading = Text(_heading(comparison), style="bold")
     cost = _cost_columns()
     for all_intervals in (True, False):
@@ -72,6 +68,31 @@ def table_text(outcome: PipelineOutcome, width: int = PLAIN_WIDTH) -> str:
     with console.capture() as capture:
         console.print(before_after_table(outcome, width))
     return capture.get()
+
+
+def render_markdown(outcome: PipelineOutcome) -> str:
+    """Decision and table as Markdown, e.g. for a Prefect artifact. Texts are escaped, so they are shown as they are."""
+    comparison = compare(outcome)
+    lines = [f"**{escape_markdown(outcome.name)}: {STATUS_WORDS[outcome.status]}**", ""]
+    lines += [f"- {escape_markdown(reason)}" for reason in outcome.reasons]
+    if comparison.has_results:
+        columns = _quality_columns(comparison, all_intervals=True) + _cost_columns()
+        titles = ["model", *(" ".join(title.split()) for title, _ in columns), "verdict"]
+        lines += ["", escape_markdown(_heading(comparison)), "", f"| {' | '.join(titles)} |"]
+        lines.append("|".join(["", " --- ", *[" ---: "] * len(columns), " --- ", ""]))
+        for row in comparison.rows:
+            mark = "**" if row.chosen else ""
+            cells = [row.name, *(cell(row) for _, cell in columns), comparison.verdict(row).words]
+            lines.append(f"| {' | '.join(f'{mark}{escape_markdown(cell)}{mark}' for cell in cells)} |")
+    if outcome.warnings:
+        lines += ["", *(f"- note: {escape_markdown(warning)}" for warning in outcome.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown, and the HTML that it may hold, show as it is, on one line."""
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", " ".join(text.split()))
+    return html.escape(escaped, quote=False)
 
 
 def _heading(comparison: Comparison) -> str:
@@ -146,10 +167,8 @@ def _ratio(interval: Interval | None) -> str:
 
 
 def _decision_lines(outcome: PipelineOutcome) -> list[Text]:
-    seconds = outcome.seconds
-    duration = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-    status = Text(f"{outcome.name}: {_STATUS_WORDS[outcome.status]}", style=_STATUS_STYLES.get(outcome.status, "bold red"))
-    status.append(f"  (run {outcome.run_id}, {duration})", style="not bold dim")
+    status = Text(f"{outcome.name}: {STATUS_WORDS[outcome.status]}", style=_STATUS_STYLES.get(outcome.status, "bold red"))
+    status.append(f"  (run {outcome.run_id}, {duration(outcome.seconds)})", style="not bold dim")
     lines = [status]
     if outcome.error is not None:
         where = f" in {outcome.error.stage}" if outcome.error.stage else ""

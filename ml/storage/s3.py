@@ -206,9 +206,8 @@ class S3Store:
 
 
 def _info(bucket: str, found: Object) -> ObjectInfo:
-    return ObjectInfo(
-        bucket, found.object_name or "", found.size or 0, (found.etag or "").strip('"'), found.last_modified or datetime.now(UTC)
-    )
+    modified = found.last_modified or datetime.now(UTC)
+    return ObjectInfo(bucket, found.object_name or "", found.size or 0, (found.etag or "").strip('"'), modified)
 
 
 def _reply_error(response: BaseHTTPResponse, bucket: str, key: str) -> MinioException:
@@ -231,7 +230,7 @@ def _translate(error: Exception, what: str, *, maybe_done: bool) -> StorageError
         doubt = ", and the write may have been done or not: read the object before trying again" if maybe_done else ""
         return StorageUnavailableError(f"{what}: no answer ({error}){doubt}; check that the object store runs (MILLSTREAM_S3_ENDPOINT)")
     status = getattr(error, "_code", None) if isinstance(error, InvalidResponseError) else getattr(error, "status_code", None)
-    if status is not None and (status >= 500 or status == 429):
+    if status is not None and _is_busy(status):
         return StorageUnavailableError(f"{what}: the store answered with HTTP status {status}; it is busy or failing, try again later")
     if isinstance(error, ET.ParseError | InvalidResponseError | ServerError):
         return StorageError(f"{what}: the answer is not S3 ({error}); check MILLSTREAM_S3_ENDPOINT")
@@ -247,7 +246,7 @@ def _translate_s3_error(error: S3Error, what: str) -> StorageError:
         return StorageError(f"{what}: there is no such bucket; create it, or check MILLSTREAM_BUCKET_PREFIX")
     if code in CONFLICT_CODES or status == 412:
         return WriteConflictError(f"{what}: somebody else wrote it first; read it again and decide anew")
-    if code in BUSY_CODES or status >= 500 or status == 429:
+    if code in BUSY_CODES or _is_busy(status):
         return StorageUnavailableError(f"{what}: the store is busy or failing ({said}); try again later")
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{what}: the clocks of this machine and of the store differ too much; set this machine's clock")
@@ -255,3 +254,8 @@ def _translate_s3_error(error: S3Error, what: str) -> StorageError:
         advice = "check MILLSTREAM_S3_ACCESS_KEY and MILLSTREAM_S3_SECRET_KEY, and what the key is allowed to do"
         return StorageError(f"{what}: access refused ({said}); {advice}")
     return StorageError(f"{what}: refused ({said}, HTTP status {status})")
+
+
+def _is_busy(status: int) -> bool:
+    """Whether a reply with this HTTP status may be another one later. 501 says that the store cannot do it at all."""
+    return status == 429 or (status >= 500 and status != 501)

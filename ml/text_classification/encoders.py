@@ -122,6 +122,8 @@ def read_config(folder: Path) -> "PretrainedConfig":
         raise ConfigError(f"{folder}: transformers cannot read its config.json ({error}); choose an encoder that it knows") from error
     if config.is_encoder_decoder:
         raise ConfigError(f"{folder}: {config.model_type} is an encoder-decoder; choose an encoder (BERT, ...) or a causal model")
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise ConfigError(f"{folder}: {config.model_type} reads no texts; choose a text encoder")
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return config
@@ -204,31 +206,31 @@ def _fetch_prefix(source: str, destination: Path) -> Path:
 
 
 def _fetch_from_hub(source: str) -> Path:
-    """The hub's files in its own cache, shared with other programs of this user."""
+    """The hub's files in its own cache, shared with other programs of this user; offline, what was fetched before."""
     from huggingface_hub import snapshot_download
 
-    name, _ = _hub_parts(source)
-    commit = _hub_commit(source)
+    name, revision = _hub_parts(source)
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES)))
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except Exception as error:  # the hub client raises errors of its own and of its HTTP library
         raise _unreachable(source, error) from error
 
 
 def _hub_commit(source: str) -> str:
-    """The commit a hub name stands for now; offline, the one that was fetched before."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    """The commit a hub name stands for now; when the hub does not answer, the one that was fetched before."""
+    from huggingface_hub import HfApi, snapshot_download
 
     name, revision = _hub_parts(source)
     try:
-        if constants.is_offline_mode():
-            return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
         commit = HfApi().model_info(name, revision=revision, timeout=20).sha
-    except Exception as error:  # the hub client raises errors of its own and of two HTTP libraries
-        raise _unreachable(source, error) from error
-    if commit is None:
-        raise ConfigError(f"encoder {source!r}: the hub names no commit for it; give a revision, {name}@<commit>")
-    return commit
+        if commit is not None:
+            return commit
+    except Exception as error:  # as above
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)).name
+        except Exception:
+            raise _unreachable(source, error) from error
+    raise ConfigError(f"encoder {source!r}: the hub names no commit for it; give a revision, {name}@<commit>")
 
 
 def _hub_parts(source: str) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _write_graph(model: "TextClassifier", path: Path) -> None:
     import torch
 
     _choose_exportable_arithmetic(model)
-    vocabulary = model.encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.token_table.num_embeddings
     # A batch of one, or rows without padding, would be taken for constants.
     input_ids = torch.arange(2 * 12).reshape(2, 12) % vocabulary
     attention_mask = torch.ones_like(input_ids)
@@ -115,8 +115,8 @@ def _choose_exportable_arithmetic(model: "TextClassifier") -> None:
     from ml.text_classification.network import dense_experts
 
     ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
-    model.encoder.set_attn_implementation("eager")  # type: ignore[operator]
-    model.encoder.set_experts_implementation("dense")  # type: ignore[operator]
+    model.encoder.set_attn_implementation("eager")
+    model.encoder.set_experts_implementation("dense")
 
 
 @contextmanager
@@ -137,12 +137,12 @@ def _strip_traces(graph: "onnx.ModelProto") -> None:
     """Drop the exporter's notes: they hold file paths and stack traces of this machine, so no two files would be equal."""
     del graph.metadata_props[:]
     for part in (graph.graph, *graph.functions):
-        items: list[Any] = [part, *part.node, *part.value_info]
-        if part is graph.graph:
-            items += [*part.input, *part.output, *part.initializer]
-        for item in items:
+        for item in (part, *part.node, *part.value_info):
             del item.metadata_props[:]
             item.doc_string = ""
+    for item in (*graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
 
 
 def _largest_difference(model: "TextClassifier", path: Path, max_length: int, pad_id: int) -> float:
@@ -154,7 +154,7 @@ def _largest_difference(model: "TextClassifier", path: Path, max_length: int, pa
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
-    vocabulary = model.encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.token_table.num_embeddings
     largest = 0.0
     for batch, length in {(batch, min(length, max_length)) for batch, length in PARITY_SHAPES}:
         input_ids = random.integers(0, vocabulary, size=(batch, length))

@@ -23,21 +23,35 @@ def classification_metrics(splits: "SplitDataset") -> tuple[Metric, ...]:
     Each metric reads the columns `target` (N,) and `probabilities` (N, C); the predicted class is the most probable,
     the first of them on a tie. Values lie in [0, 1]. Without rows a metric raises ValueError.
     """
+    confusion_of = _remember_last(confusion_matrix)
+
+    def metric(name: str, compute: Callable[[np.ndarray], float]) -> Metric:
+        return Metric(name, lambda scores: compute(confusion_of(scores)))
+
     metrics = [
-        Metric("accuracy", _of_confusion(lambda confusion: float(np.trace(confusion) / confusion.sum()))),
-        Metric("precision", _of_confusion(lambda confusion: _macro(confusion, 0))),
-        Metric("recall", _of_confusion(lambda confusion: _macro(confusion, 1))),
-        Metric("f1", _of_confusion(lambda confusion: _macro(confusion, 2))),
+        metric("accuracy", lambda confusion: float(np.trace(confusion) / confusion.sum())),
+        metric("precision", lambda confusion: _macro(confusion, 0)),
+        metric("recall", lambda confusion: _macro(confusion, 1)),
+        metric("f1", lambda confusion: _macro(confusion, 2)),
     ]
     if len(splits.labels) == 2 and splits.positive_label is not None:
         positive = splits.labels.index(splits.positive_label)
-        for kind, name in enumerate(("precision_positive", "recall_positive", "f1_positive")):
-            metrics.append(Metric(name, _of_confusion(lambda confusion, kind=kind: float(_per_class(confusion)[kind][positive]))))
+        metrics += [
+            metric("precision_positive", lambda confusion: float(_per_class(confusion)[0][positive])),
+            metric("recall_positive", lambda confusion: float(_per_class(confusion)[1][positive])),
+            metric("f1_positive", lambda confusion: float(_per_class(confusion)[2][positive])),
+        ]
     return tuple(metrics)
 
 
 def confusion_matrix(scores: Scores) -> np.ndarray:
-    """(C, C) int64 counts: rows are the true class, columns the predicted one."""
+    """(C, C) int64 counts: rows are the true class, columns the predicted one.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if len(scores) == 0:
+        raise ValueError("metrics of no rows do not exist; score at least one row")
     probabilities = scores.columns["probabilities"]
     num_classes = probabilities.shape[1]
     # Comparing two columns takes half the time of argmax, and a bootstrap does it a thousand times.
@@ -46,13 +60,18 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return counts.reshape(num_classes, num_classes)
 
 
-def _of_confusion(compute: Callable[[np.ndarray], float]) -> Callable[[Scores], float]:
-    def metric(scores: Scores) -> float:
-        if len(scores) == 0:
-            raise ValueError("a metric of no rows does not exist; score at least one row")
-        return compute(confusion_matrix(scores))
+def _remember_last(compute: Callable[[Scores], np.ndarray]) -> Callable[[Scores], np.ndarray]:
+    """All metrics of one bootstrap resample read one matrix, so it is computed once and not once per metric."""
+    last: tuple[Scores, np.ndarray] | None = None
 
-    return metric
+    def remembered(scores: Scores) -> np.ndarray:
+        nonlocal last
+        found = last
+        if found is None or found[0] is not scores:
+            found = last = (scores, compute(scores))
+        return found[1]
+
+    return remembered
 
 
 def _per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ml.bundles import Bundle, GraphSpec, TensorSpec, write_bundle
 from ml.errors import BundleError, ConfigError
@@ -44,8 +44,7 @@ def build_classifier(
         torch.manual_seed(seed)
         if has_trained_weights(encoder_dir):
             encoder = _trained_encoder(encoder_dir)
-            table_rows = encoder.get_input_embeddings().num_embeddings
-            if vocab_size is not None and vocab_size > table_rows:
+            if vocab_size is not None:
                 _grow_embedding(encoder, vocab_size)
         else:
             config = read_config(encoder_dir)
@@ -73,7 +72,7 @@ def save_torch_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE))  # stores tensors that are shared between layers once
     config = model.encoder.config
-    (folder / ENCODER_CONFIG_FILE).write_text(_config_text(config), encoding="utf-8")  # type: ignore[arg-type]
+    (folder / ENCODER_CONFIG_FILE).write_text(_config_text(config), encoding="utf-8")
     shutil.copyfile(tokenizer_path, folder / TOKENIZER_FILE)
     return write_bundle(
         folder,
@@ -89,7 +88,7 @@ def save_torch_bundle(
                 "pad_id": pad_id,
                 "pooling": model.pooling,
                 "dropout": model.dropout.p,
-                "architecture": config.model_type,  # type: ignore[union-attr]
+                "architecture": config.model_type,
             },
             input_schema=INPUT_SCHEMA,
             output_schema=output_schema(labels),
@@ -186,19 +185,20 @@ def _trained_encoder(folder: Path) -> "PreTrainedModel":
 
 
 def _grow_embedding(encoder: "PreTrainedModel", num_rows: int) -> None:
-    """Add rows to the token table, drawn with the mean and spread that the trained rows have in each dimension.
+    """Grow the token table to at least `num_rows`, with the mean and spread that the trained rows have in each dimension.
 
     Rows that all start at the mean would be told apart only after hundreds of steps at a fine-tuning learning rate.
     """
     import torch
 
-    table = encoder.get_input_embeddings()
-    old_rows: torch.Tensor = table.weight.detach().clone()
+    old_rows = cast("torch.nn.Embedding", encoder.get_input_embeddings()).weight.detach().clone()
+    if num_rows <= len(old_rows):
+        return
     encoder.resize_token_embeddings(num_rows, mean_resizing=False)
-    grown = encoder.get_input_embeddings()
+    table = cast("torch.nn.Embedding", encoder.get_input_embeddings()).weight
     noise = torch.randn(num_rows - len(old_rows), old_rows.shape[1])
     with torch.no_grad():
-        grown.weight[len(old_rows) :] = old_rows.mean(dim=0) + old_rows.std(dim=0) * noise
+        table[len(old_rows) :] = old_rows.mean(dim=0) + old_rows.std(dim=0) * noise
 
 
 def _pooling(config: "PretrainedConfig", model_settings: TextClassifierConfig) -> str:

@@ -3,10 +3,13 @@
 Shapes: B batch, T tokens, H hidden size of the encoder, C classes.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pooling = Literal["mean", "last"]
 
@@ -22,12 +25,17 @@ class TextClassifier(nn.Module):
         dropout: on the pooled vector.
     """
 
-    def __init__(self, encoder: nn.Module, *, hidden_size: int, num_labels: int, pooling: Pooling, dropout: float):
+    def __init__(self, encoder: "PreTrainedModel", *, hidden_size: int, num_labels: int, pooling: Pooling, dropout: float):
         super().__init__()
-        self.encoder = encoder
+        self.encoder: PreTrainedModel = encoder
         self.pooling: Pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, num_labels)
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The encoder's embedding of token ids, (vocabulary, H)."""
+        return cast(nn.Embedding, self.encoder.get_input_embeddings())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) float32 from `input_ids` and `attention_mask`, both (B, T) int64, padded on the right.

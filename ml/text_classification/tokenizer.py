@@ -1,5 +1,6 @@
 """One `tokenizer.json` per model, fitted to the training texts where the encoder's own does not know their characters."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -245,7 +246,7 @@ def _merges_of(token: str, ranks: dict[tuple[str, ...], int]) -> set[tuple[str, 
     """The merges that build a token from its characters, lowest rank first."""
     parts, used = list(token), set()
     while len(parts) > 1:
-        pairs = [(ranks.get((left, right)), index) for index, (left, right) in enumerate(zip(parts, parts[1:], strict=False))]
+        pairs = [(ranks.get((left, right)), index) for index, (left, right) in enumerate(itertools.pairwise(parts))]
         known = [(rank, index) for rank, index in pairs if rank is not None]
         if not known:
             break

@@ -60,7 +60,9 @@ def stratified_sample(strata: np.ndarray, num_rows: int, seed: int) -> np.ndarra
         if quotas.sum() == num_rows:
             break
         quotas[index] += 1
-    chosen = [random.choice(np.flatnonzero(strata == value), size=quota, replace=False) for value, quota in zip(values, quotas, strict=True)]
+    chosen = [
+        random.choice(np.flatnonzero(strata == value), size=quota, replace=False) for value, quota in zip(values, quotas, strict=True)
+    ]
     return np.sort(np.concatenate(chosen))
 
 

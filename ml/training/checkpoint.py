@@ -69,7 +69,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     stored = load_file(path)
     own = model_tensors(model)
-    differing = sorted(name for name in own.keys() | stored.keys() if name not in own or name not in stored or own[name].shape != stored[name].shape)
+    differing = sorted(
+        name for name in own.keys() | stored.keys() if name not in own or name not in stored or own[name].shape != stored[name].shape
+    )
     if differing:
         raise TrainingError(f"{path} is of another architecture: {len(differing)} tensors differ, first {differing[0]!r}; train anew")
     with torch.no_grad():
@@ -127,7 +129,9 @@ def read_state(folder: Path) -> tuple[Progress, Plan]:
     return Progress(**state["progress"]), Plan.from_json(state["plan"])
 
 
-def load_checkpoint(folder: Path, work: WorkFolder, model: nn.Module, optimizer: torch.optim.Optimizer, group: RankGroup, seed: int) -> None:
+def load_checkpoint(
+    folder: Path, work: WorkFolder, model: nn.Module, optimizer: torch.optim.Optimizer, group: RankGroup, seed: int
+) -> None:
     """Restore model, optimizer, this rank's random state, and the best weights' file."""
     load_weights(model, folder / MODEL_FILE)
     _load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
@@ -147,11 +151,10 @@ def load_checkpoint(folder: Path, work: WorkFolder, model: nn.Module, optimizer:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

@@ -137,7 +137,7 @@ def _attempt(spec: TrainSpec, work: WorkFolder, tail: HistoryTail, launched: flo
         )
         grace_seconds = GRACE_SECONDS
         try:
-            silent = _watch(spec, attempt, leader, tail)
+            silent = _watch(spec, work, attempt, leader, tail)
             # A rank that hangs does not heed TERM.
             grace_seconds = GRACE_SECONDS if silent is None else 0.0
         finally:
@@ -149,10 +149,10 @@ def _attempt(spec: TrainSpec, work: WorkFolder, tail: HistoryTail, launched: flo
     return silent or _explain(spec, attempt, leader.returncode)
 
 
-def _watch(spec: TrainSpec, attempt: AttemptFolder, leader: subprocess.Popen, tail: HistoryTail) -> Failure | None:
-    """Follow the ranks until torchrun ends (None) or a rank has been silent for too long."""
+def _watch(spec: TrainSpec, work: WorkFolder, attempt: AttemptFolder, leader: subprocess.Popen, tail: HistoryTail) -> Failure | None:
+    """Follow the ranks until the result is there or torchrun has ended (None), or a rank has been silent for too long."""
     started = time.time()
-    while leader.poll() is None:
+    while leader.poll() is None and not work.result.exists():
         tail.poll()
         for rank in range(spec.num_ranks):
             try:

@@ -11,7 +11,7 @@ from ml.training.spec import TrainSpec
 MAX_AUTO_EPOCHS = 20
 # Fine-tuning settles within two or three passes over thousands of rows, but takes some hundred steps in any case.
 PREFERRED_AUTO_EPOCHS = 2
-WANTED_STEPS = 300
+WANTED_STEPS = 150
 MAX_VALIDATIONS = 10
 # The probe runs alone; training also writes checkpoints and shares the machine with what watches it.
 BUDGET_SHARE = 0.85

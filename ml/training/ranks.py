@@ -83,7 +83,8 @@ def joined_ranks(attempt: AttemptFolder) -> Iterator[RankGroup]:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "nccl" if num_gpus >= num_ranks else "gloo"
-    dist.init_process_group(backend, store=dist.FileStore(str(attempt.store), num_ranks), rank=rank, world_size=num_ranks)
+    store = dist.FileStore(str(attempt.store), num_ranks)  # pyright: ignore[reportPrivateImportUsage] - documented, not re-exported
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     try:
         yield RankGroup(rank, num_ranks, device)
     finally:

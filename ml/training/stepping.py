@@ -36,7 +36,7 @@ class Stepper:
             self._wrapped = DistributedDataParallel(
                 self.model,
                 device_ids=[group.device] if group.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=job.find_unused_parameters,
             )
@@ -71,9 +71,9 @@ class Stepper:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.spec.gradient_clip))
         loss = self.group.sum([float(weighted.detach())])[0] / total_weight
         if not math.isfinite(loss) or not math.isfinite(norm):
+            advice = "lower train.learning_rate" + (", or set train.precision to fp32" if precision != "fp32" else "")
             raise TrainingError(
-                f"the loss is {loss} and the norm of the gradient {norm} at a learning rate of {learning_rate:.2g} ({precision}); "
-                "lower train.learning_rate, or set train.precision to fp32"
+                f"the loss is {loss} and the norm of the gradient {norm} at a learning rate of {learning_rate:.2g} ({precision}); {advice}"
             )
         for entry in optimizer.param_groups:
             entry["lr"] = learning_rate

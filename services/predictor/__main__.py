@@ -1,10 +1,14 @@
 """`python -m services.predictor --port 8000`: the predictor in the foreground, until SIGTERM or Ctrl-C."""
 
 import argparse
+import logging
 import os
+import sys
+from pathlib import Path
 
 import uvicorn
 
+from ml.errors import MillstreamError
 from ml.settings import load_settings
 from ml.storage.connect import open_artifact_store
 from services.predictor.app import create_app
@@ -19,11 +23,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.predictor", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no authentication: keep it on loopback")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--log-file", type=Path, help="write the log there, with old files kept to a limit, and not to standard output")
     arguments = parser.parse_args()
 
-    configure_logging()
+    configure_logging(arguments.log_file)
     settings = load_settings()
-    models = Models(open_artifact_store(settings), settings.state_dir / "models", num_threads=settings.threads_per_process)
+    try:
+        store = open_artifact_store(settings)
+    except MillstreamError as error:
+        log_event("not started", level=logging.ERROR, error=str(error))
+        sys.exit(f"the predictor was not started: {error}")
+    models = Models(store, settings.state_dir / "models", num_threads=settings.threads_per_process)
     pool = InferencePool(num_inference_threads(settings.threads_per_process))
     log_event("starting", host=arguments.host, port=arguments.port, pid=os.getpid())
     # Server errors still reach the log; each request has its own line already.
@@ -36,7 +46,6 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    log_event("stopped")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def create_app(models: Models, pool: InferencePool) -> FastAPI:
         yield
         models.stop()
         pool.close()
+        log_event("stopped")
 
     # The interactive pages of FastAPI load their scripts from a CDN; this service sends no browser elsewhere.
     app = FastAPI(

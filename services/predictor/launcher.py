@@ -25,6 +25,7 @@ def start_predictor(state_dir: Path, environment: Mapping[str, str]) -> str:
     url = predictor_address(state_dir)
     port = choose_port(NAME, state_dir)
     command = [sys.executable, "-m", "services.predictor", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--log-file", str(event_log_path(state_dir))]
     digest = hashlib.sha256(json.dumps(dict(environment), sort_keys=True).encode()).hexdigest().encode()
     digest_path = state_dir / "predictor.settings"
 
@@ -41,6 +42,11 @@ def start_predictor(state_dir: Path, environment: Mapping[str, str]) -> str:
 def stop_predictor(state_dir: Path) -> None:
     """End it, requests under way first. Does nothing when there is none."""
     stop_process(NAME, state_dir)
+
+
+def event_log_path(state_dir: Path) -> Path:
+    """What it did, one JSON object a line; what it printed, such as a traceback, is in the log of its process."""
+    return state_dir.resolve() / "logs" / "predictor-events.log"
 
 
 def predictor_address(state_dir: Path) -> str:

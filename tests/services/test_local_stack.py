@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,14 @@ def pids(state_dir: Path) -> dict[str, int]:
     return {part: record.pid for part, record in records.items() if record}
 
 
+def kill_parts(state_dir: Path) -> None:
+    for pid in pids(state_dir).values():
+        os.kill(pid, signal.SIGKILL)
+    while pids(state_dir):
+        time.sleep(0.01)
+    time.sleep(0.5)  # their sockets are closed a moment after they show as dead
+
+
 def small_stack(state_dir: Path) -> LocalStack:
     return LocalStack(state_dir, prefect_api_url=SOME_PREFECT)
 
@@ -63,11 +72,13 @@ def test_up_heals_parts_that_were_killed_and_down_leaves_no_process(state_dir):
     ]
     assert [part.url for part in stack.status()] == [addresses.s3_endpoint, addresses.prefect_api_url, addresses.predictor_url]
 
+    listeners = {item.laddr for pid in first.values() for item in psutil.Process(pid).net_connections("tcp") if item.status == "LISTEN"}
+    assert len(listeners) > len(PARTS) and {address.ip for address in listeners} == {"127.0.0.1"}
+
     assert stack.up() == addresses
     assert pids(state_dir) == first
 
-    for pid in first.values():
-        os.kill(pid, signal.SIGKILL)
+    kill_parts(state_dir)
     assert [part.healthy for part in stack.status()] == [False, False, False]
     assert stack.up() == addresses
     assert set(pids(state_dir)) == set(PARTS)
@@ -93,12 +104,6 @@ def test_a_run_stops_what_it_started_and_gives_its_environment_back(state_dir):
     assert dict(os.environ) == before
 
 
-def test_a_run_that_fails_stops_what_it_started(state_dir):
-    with pytest.raises(ZeroDivisionError), small_stack(state_dir).running():
-        raise ZeroDivisionError
-    assert pids(state_dir) == {}
-
-
 def test_the_last_of_several_users_stops_the_stack(state_dir):
     other = UserLock(state_dir)
     with small_stack(state_dir).running():
@@ -111,11 +116,12 @@ def test_the_last_of_several_users_stops_the_stack(state_dir):
     assert pids(state_dir) == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_end_stops_what_it_started(state_dir, number):
+def test_a_run_that_is_told_to_end_stops_what_it_started(state_dir):
     with run_in_child(state_dir) as child:
-        child.send_signal(number)
-        assert child.wait(timeout=30) != 0
+        child.terminate()
+        time.sleep(0.05)
+        child.send_signal(signal.SIGINT)  # an impatient second signal must not break off the stopping
+        assert child.wait(timeout=30) == 128 + signal.SIGTERM
     assert pids(state_dir) == {}
 
 
@@ -132,8 +138,7 @@ def test_a_run_after_a_killed_one_adopts_and_then_stops_what_that_left(state_dir
 def test_a_mark_of_an_earlier_boot_keeps_nothing_up(state_dir):
     stack = small_stack(state_dir)
     stack.up()
-    for pid in pids(state_dir).values():
-        os.kill(pid, signal.SIGKILL)
+    kill_parts(state_dir)
     with stack.running():
         assert pids(state_dir)
     assert pids(state_dir) == {}

@@ -1,7 +1,6 @@
-"""A small job without transformers: sequences of tokens, an embedding, attention, a class. Learns in seconds."""
+"""A small job without transformers: sequences of tokens, an embedding, attention, a class. Learns in a second."""
 
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -29,7 +28,10 @@ class ToyNetwork(nn.Module):
 class ToyJob:
     """Class 1 when tokens of the upper half of the vocabulary prevail; `noise` of the labels are wrong.
 
-    `fault`: {"rank", "step", "once", "do"} with "do" one of kill, stop, raise, nan.
+    Args:
+        double: weights and arithmetic in float64.
+        step_seconds: rest this long before each batch, to leave time for accidents.
+        fault: what goes wrong, in batch number `batch` (those of the probe count) of rank `rank`: "raise" or "nan".
     """
 
     find_unused_parameters = False
@@ -47,7 +49,6 @@ class ToyJob:
         fault: dict | None = None,
     ):
         random = np.random.default_rng(7)
-        self.work_dir = work_dir
         self.width, self.dropout, self.double, self.step_seconds, self.fault = width, dropout, double, step_seconds, fault
         self.class_weights = np.asarray(weights)
         self.num_batches = 0
@@ -70,7 +71,8 @@ class ToyJob:
         if split == "train":
             self.num_batches += 1
             time.sleep(self.step_seconds)
-            self._fail_if_due()
+            if self._is_due("raise"):
+                raise ValueError("the toy broke")
         longest = int(self.lengths[split][rows].max())
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=bool)
@@ -85,19 +87,15 @@ class ToyJob:
     def row_losses(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
         logits = model(batch["ids"], batch["mask"])
         loss = nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
-        if self.fault and self.fault["do"] == "nan" and self.num_batches > self.fault["batch"]:
+        if self._is_due("nan"):
             loss = loss * float("nan")
         return RowLosses(loss, logits.argmax(1) == batch["targets"])
 
-    def _fail_if_due(self) -> None:
-        """Batches are counted from the start of the process; those of the probe count too."""
+    def _is_due(self, what: str) -> bool:
         fault = self.fault
-        if fault is None or fault["do"] == "nan" or self.num_batches != fault["batch"] or int(os.environ.get("RANK", 0)) != fault["rank"]:
-            return
-        mark = self.work_dir / "fault-happened"
-        if fault["once"] and mark.exists():
-            return
-        mark.touch()
-        if fault["do"] == "raise":
-            raise ValueError("the toy broke")
-        os.kill(os.getpid(), signal.SIGKILL if fault["do"] == "kill" else signal.SIGSTOP)
+        return (
+            fault is not None
+            and fault["do"] == what
+            and self.num_batches >= fault["batch"]
+            and int(os.environ.get("RANK", "0")) == fault["rank"]
+        )
