@@ -17,6 +17,7 @@ from ml.errors import ServiceError, StorageError
 from ml.storage.s3 import S3Store
 from services.processes import (
     choose_port,
+    kept_ports,
     read_process,
     service_lock,
     start_process,
@@ -30,6 +31,7 @@ START_TIMEOUT_SECONDS = 60
 ADOPTION_TIMEOUT_SECONDS = 10
 STOP_GRACE_SECONDS = 15
 
+SOCKET_FOLDER = Path("/tmp")  # noqa: S108
 PROBE_BUCKET = "embedded-store-probe"
 PROBE_KEY = "probe"
 PROBE_BYTES = b"readable"
@@ -75,20 +77,20 @@ def start_object_store(state_dir: Path) -> ObjectStoreEndpoint:
             with contextlib.suppress(ServiceError):
                 wait_until_healthy(NAME, lambda: is_healthy(state_dir), state_dir=state_dir, timeout_seconds=ADOPTION_TIMEOUT_SECONDS)
                 return object_store_endpoint(state_dir)
-            stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
+            _stop(state_dir)
         binary = find_binary()
         try:
             return _start(binary, state_dir)
         except ServiceError:
             # A port can be taken between choosing and opening it: the second try chooses anew.
-            stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
+            _stop(state_dir)
             return _start(binary, state_dir)
 
 
 def stop_object_store(state_dir: Path) -> None:
     """Stop the server; its data stay. Does nothing when it is not running."""
     with service_lock(NAME, state_dir):
-        stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
+        _stop(state_dir)
 
 
 def is_healthy(state_dir: Path) -> bool:
@@ -180,6 +182,15 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
     store = _connect(state_dir)
     wait_until_healthy(NAME, lambda: _serves_probe(store), state_dir=state_dir, timeout_seconds=START_TIMEOUT_SECONDS)
     return object_store_endpoint(state_dir)
+
+
+def _stop(state_dir: Path) -> None:
+    stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
+    # The server leaves its Unix sockets behind, in a folder that no flag changes.
+    for port in kept_ports(NAME, state_dir):
+        for path in SOCKET_FOLDER.glob(f"seaweedfs-*-{port}.sock"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _serves_probe(store: S3Store) -> bool:

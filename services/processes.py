@@ -134,6 +134,13 @@ def choose_port(name: str, state_dir: Path, *, companion_offset: int = 0) -> int
     raise ServiceError(f"{name}: no free port on 127.0.0.1 among 200 tried in {PORT_RANGE.start}-{PORT_RANGE.stop - 1}")
 
 
+def kept_ports(name: str, state_dir: Path) -> list[int]:
+    """The ports that were chosen for a process: those named `<name>` and `<name>.<anything>`."""
+    path = state_dir / "ports.json"
+    ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
+    return [port for key, port in ports.items() if key == name or key.startswith(f"{name}.")]
+
+
 def wait_until_healthy(name: str, check: Callable[[], bool], *, state_dir: Path, timeout_seconds: float) -> None:
     """Poll `check` until it is true. An exception in it counts as "not yet" and is named when time is up.
 

@@ -76,7 +76,7 @@ def run_training(spec: TrainSpec, report: Report = lambda record: None, checkpoi
     already is not done again. However this function ends, and also when its process is killed, no rank lives on.
 
     Args:
-        report: called with each line of the history, in this thread. An exception from it ends the training.
+        report: called with each line of the history that is written from now on, in this thread. An exception from it ends the training.
         checkpoints: where to copy each checkpoint to, and to look for one to go on from.
 
     Raises:

@@ -39,10 +39,12 @@ def measure(stepper: Stepper, batches: list[np.ndarray], beat: Callable[[], None
     def step_seconds(rows: np.ndarray, precision: Precision) -> float:
         return seconds_of(lambda: stepper.train_step(rows, optimizer, precision, learning_rate=0.0))
 
-    seconds: dict[Precision, float] = {}
-    for precision in _candidates(stepper):
+    candidates = _candidates(stepper)
+    for precision in candidates:
         step_seconds(chosen[-1], precision)
-        seconds[precision] = sum(step_seconds(rows, precision) for rows in chosen) / count
+    # In turn, so that whatever else the machine does strikes all of them alike.
+    timed: list[dict[Precision, float]] = [{precision: step_seconds(rows, precision) for precision in candidates} for rows in chosen]
+    seconds: dict[Precision, float] = {precision: sum(times[precision] for times in timed) / count for precision in candidates}
     fastest = min(seconds, key=lambda precision: seconds[precision])
     middle = chosen[count // 2]
     shares = [middle[rank :: group.num_ranks] for rank in range(group.num_ranks) if rank < len(middle)]

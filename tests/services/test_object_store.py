@@ -26,7 +26,7 @@ from services.object_store import (
     start_object_store,
     stop_object_store,
 )
-from services.processes import choose_port, read_process
+from services.processes import choose_port, kept_ports, read_process
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_data_survive_a_kill_and_a_restart(state_dir: Path):
     store.put("kept", "after", b"the restart")
     stop_object_store(state_dir)
     assert not is_healthy(state_dir)
+    assert [path for port in kept_ports(NAME, state_dir) for path in Path("/tmp").glob(f"*-{port}.sock")] == []
     assert start_object_store(state_dir) == endpoint
     assert connect(endpoint).get("kept", "after") == b"the restart"
 

@@ -104,7 +104,9 @@ def _pruned(config: MagnitudePruning, weights: "dict[str, Tensor]") -> "dict[str
     else:
         for holder in holders.values():
             prune.l1_unstructured(holder, "weight", amount=config.amount)
-    return {name: holder.get_parameter("weight") for name, holder in holders.items()}
+    for holder in holders.values():
+        prune.remove(holder, "weight")
+    return {name: holder.get_parameter("weight").detach() for name, holder in holders.items()}
 
 
 METHOD = CompressionMethod(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 START_SECONDS = 30
 ANSWER_SECONDS = 30
@@ -35,7 +36,7 @@ class Visit:
 class Chromium:
     """One browser with one tab."""
 
-    def __init__(self, connection: ClientConnection):
+    def __init__(self, connection: Connection):
         self._connection = connection
         self._last_id = 0
         self._events: list[dict] = []

@@ -34,22 +34,9 @@ def test_the_table_fits_its_width_and_folds_no_row(width: int):
 
 def test_a_row_holds_quality_speed_size_and_verdict():
     row = next(line for line in table_text(deployed_english().outcome(), 120).splitlines() if "static_int8 " in line)
-    assert row.split() == [
-        "▶",
-        "static_int8",
-        "82.9±1.8",
-        "83.0±1.8",
-        "82.9±1.8",
-        "82.9±1.8",
-        "5.0",
-        "6.1",
-        "0.30×",
-        "0.48×",
-        "238",
-        "98",
-        "23.1",
-        "deployed",
-    ]
+    quality = "82.9±1.8 83.0±1.8 82.9±1.8 82.9±1.8"
+    cost = "5.0 6.1 0.30× 0.48× 238 98 23.1"
+    assert row.split() == f"▶ static_int8 {quality} {cost} deployed".split()
 
 
 def test_a_narrow_terminal_gets_two_tables_with_the_same_numbers():

@@ -59,7 +59,7 @@ def onnx_bundles(torch_bundles: dict[Kind, Path], tmp_path_factory: pytest.TempP
 
 def run(folder: Path, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    return session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})[0]
+    return np.asarray(session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})[0])
 
 
 def padded_batch(num_rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -132,8 +132,8 @@ def test_a_few_steps_fit_a_few_rows(kind: Kind, encoders: dict[Kind, Path]) -> N
 
 
 def test_seed_decides_head_and_random_weights(encoders: dict[Kind, Path]) -> None:
-    for kind, part in (("bert", "head.weight"), ("deepseek", "encoder.embed_tokens.weight")):
-        states = [build_classifier(encoders[kind], 2, SETTINGS, seed=seed).state_dict()[part] for seed in (1, 1, 2)]
+    for encoder_dir, part in ((encoders["bert"], "head.weight"), (encoders["deepseek"], "encoder.embed_tokens.weight")):
+        states = [build_classifier(encoder_dir, 2, SETTINGS, seed=seed).state_dict()[part] for seed in (1, 1, 2)]
         assert torch.equal(states[0], states[1])
         assert not torch.equal(states[0], states[2])
 
@@ -258,7 +258,8 @@ def test_bundle_of_another_kind_or_with_other_weights_is_refused(encoders: dict[
 
 def test_shared_tensors_are_stored_once_and_shared_again(encoders: dict[Kind, Path], tmp_path: Path) -> None:
     model = build_classifier(encoders["bert"], 2, SETTINGS, seed=0)
-    layers: Any = model.encoder.encoder.layer
+    bert: Any = model.encoder
+    layers = bert.encoder.layer
     layers[1].output.dense.weight = layers[0].output.dense.weight
     save(model, encoders["bert"], tmp_path / "bundle")
     stored = load_file(tmp_path / "bundle" / "model.safetensors")
@@ -267,7 +268,8 @@ def test_shared_tensors_are_stored_once_and_shared_again(encoders: dict[Kind, Pa
 
 def test_dense_experts_equal_the_chosen_ones(encoders: dict[Kind, Path]) -> None:
     model = build_classifier(encoders["deepseek"], 2, SETTINGS, seed=0)
-    experts: Any = model.encoder.layers[1].mlp.experts
+    deepseek: Any = model.encoder
+    experts = deepseek.layers[1].mlp.experts
     torch.manual_seed(0)
     hidden = torch.randn(13, 32, dtype=torch.float64)
     experts.double()
@@ -282,7 +284,8 @@ def test_committed_deepseek_encoder_is_small_and_causal(tmp_path: Path) -> None:
     model = build_classifier(encoder_dir, 2, SETTINGS, vocab_size=10_000, seed=0)
     assert type(model.encoder).__name__ == "DeepseekV3Model"
     assert sum(parameter.numel() for parameter in model.parameters()) < 3_000_000
-    kinds = [type(layer.mlp).__name__ for layer in model.encoder.layers]
+    deepseek: Any = model.encoder
+    kinds = [type(layer.mlp).__name__ for layer in deepseek.layers]
     assert kinds == ["DeepseekV3MLP", "DeepseekV3MoE", "DeepseekV3MoE"]
 
 

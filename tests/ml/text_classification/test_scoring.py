@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_texts_of_like_length_share_a_batch(predictor: Predictor, frame: pd.Data
 
     score_texts(Watching(predictor.bundle, predictor.codec, predictor.run_graph), frame)
     assert [len(batch) for batch in batches] == [32, 32, 32, 5]
-    assert all(max(first) <= min(second) for first, second in zip(batches, batches[1:], strict=False))
+    assert all(max(first) <= min(second) for first, second in itertools.pairwise(batches))
 
 
 def test_long_work_reports_progress(

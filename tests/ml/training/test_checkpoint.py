@@ -74,6 +74,8 @@ def test_no_checkpoint_holds_a_pickle(trained: WorkFolder) -> None:
 class Tied(nn.Module):
     """One table under two names, a buffer, and a buffer that is not part of the state."""
 
+    count: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(4, 3)
