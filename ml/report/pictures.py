@@ -19,7 +19,8 @@ from ml.report.comparison import Comparison, metric_title
 _TEXT_SENTINEL = "#010203"
 _FAINT_SENTINEL = "#040506"
 
-_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _VERMILION = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
+# The blue is lighter than theirs, so that it stands out on a dark page too.
+_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _VERMILION = "#1e88d2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _VERMILION)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -62,7 +63,7 @@ def loss_curve(history: list[dict[str, Any]], best_step: int | None, resumed_fro
     figure, axes = _new_figure()
     if steps:
         xs, ys = zip(*steps, strict=True)
-        axes.plot(xs, ys, color=_SKY, alpha=0.45, linewidth=0.8)
+        axes.plot(xs, ys, color=_SKY, alpha=0.35, linewidth=0.8)
         axes.plot(xs, _running_mean(list(ys)), color=_BLUE, linewidth=1.8, label="training (running mean)")
     if validations:
         xs, ys = zip(*validations, strict=True)

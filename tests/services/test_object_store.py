@@ -64,7 +64,7 @@ def test_data_survive_a_kill_and_a_restart(state_dir: Path):
     store.put("kept", "after", b"the restart")
     stop_object_store(state_dir)
     assert not is_healthy(state_dir)
-    assert [path for port in kept_ports(NAME, state_dir) for path in Path("/tmp").glob(f"*-{port}.sock")] == []
+    assert [path for port in kept_ports(NAME, state_dir).values() for path in Path("/tmp").glob(f"*-{port}.sock")] == []
     assert start_object_store(state_dir) == endpoint
     assert connect(endpoint).get("kept", "after") == b"the restart"
 
@@ -91,6 +91,7 @@ def test_an_unhealthy_one_is_ended_and_replaced(state_dir: Path, monkeypatch: py
     endpoint = start_object_store(state_dir)
     frozen = pid_of(state_dir)
     os.kill(frozen, signal.SIGSTOP)
+    monkeypatch.setattr(object_store_module, "PROBE_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(object_store_module, "STOP_GRACE_SECONDS", 0.5)
     assert start_object_store(state_dir) == endpoint
     assert pid_of(state_dir) != frozen
@@ -102,6 +103,20 @@ def test_a_healthy_one_is_adopted(object_store_endpoint: ObjectStoreEndpoint, ob
     assert start_object_store(object_store_state_dir) == object_store_endpoint
     assert pid_of(object_store_state_dir) == before
     assert is_healthy(object_store_state_dir)
+
+
+def test_two_commands_at_once_start_one_server(state_dir: Path):
+    code = (
+        "import sys; from pathlib import Path; from services.object_store import *; print(start_object_store(Path(sys.argv[1])).endpoint)"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, str(state_dir)], stdout=subprocess.PIPE) for _ in range(3)]
+    answers = {process.communicate()[0] for process in started}
+    assert len(answers) == 1
+    assert start_object_store(state_dir).endpoint == answers.pop().decode().strip()
+    servers = [
+        process.pid for process in psutil.process_iter(["cmdline"]) if f"-dir={state_dir}" in " ".join(process.info["cmdline"] or ())
+    ]
+    assert servers == [pid_of(state_dir)]
 
 
 def test_stopping_what_never_ran_does_nothing(tmp_path: Path):

@@ -89,6 +89,23 @@ def test_a_killed_process_is_dead_though_its_parent_has_not_reaped_it(state_dir:
     start_process("sleeper", SLEEP, state_dir=state_dir)
 
 
+def test_a_process_is_not_dead_before_it_let_go_of_its_ports(state_dir: Path):
+    for attempt in range(3):
+        port = choose_port(f"server-{attempt}", state_dir)
+        code = (
+            "import socket, threading, time\n"
+            f"server = socket.create_server(('127.0.0.1', {port}))\n"
+            "for _ in range(60): threading.Thread(target=time.sleep, args=(600,)).start()\n"
+            "memory = bytearray(200 << 20); print('listening', flush=True)"
+        )
+        record = start_process(f"server-{attempt}", [sys.executable, "-c", code], state_dir=state_dir)
+        wait_for(lambda name=f"server-{attempt}": "listening" in log_path(name, state_dir).read_text())
+        os.kill(record.pid, signal.SIGKILL)
+        while read_process(f"server-{attempt}", state_dir) is not None:
+            pass
+        assert choose_port(f"server-{attempt}", state_dir) == port
+
+
 def test_a_reused_pid_is_neither_ours_nor_killed(state_dir: Path):
     stranger = subprocess.Popen(SLEEP, start_new_session=True)
     try:

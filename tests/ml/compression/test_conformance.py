@@ -93,7 +93,7 @@ def test_a_second_run_gives_the_same_bytes_and_changes_no_source(
 
 
 def test_an_unknown_setting_is_refused(tiny_model: TinyModel, method_name: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="unknown setting 'compression.0.no_such_setting'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'compression\.0\.no_such_setting'"):
         tiny_model.compress({"method": method_name, "no_such_setting": 1}, tmp_path)
 
 

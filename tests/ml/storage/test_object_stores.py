@@ -3,6 +3,7 @@
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,8 @@ def test_a_list_holds_the_keys_of_a_prefix_in_order(object_store: ObjectStore, b
 
 def test_a_list_is_whole_beyond_one_page(object_store: ObjectStore, bucket: str):
     names = [f"many/{number:04d}" for number in range(1050)]
-    for name in names:
-        object_store.put(bucket, name, b"")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: object_store.put(bucket, name, b""), names))
     assert [info.key for info in object_store.list(bucket, "many/")] == names
 
 

@@ -13,32 +13,8 @@ from tests.ml.evaluation.records import make_splits
 
 GOOD = ["wonderful", "brilliant", "touching", "masterful", "delightful", "funny"]
 BAD = ["dreadful", "tedious", "clumsy", "lifeless", "pointless", "bland"]
-NEUTRAL = [
-    "the",
-    "film",
-    "has",
-    "a",
-    "plot",
-    "and",
-    "some",
-    "actors",
-    "who",
-    "talk",
-    "in",
-    "rooms",
-    "about",
-    "what",
-    "they",
-    "did",
-    "last",
-    "year",
-    "while",
-    "it",
-    "rains",
-    "on",
-    "the",
-    "town",
-]
+STORY = "the film has a plot and some actors who talk in rooms about what they did last year while it rains on the town"
+NEUTRAL = STORY.split()
 
 
 def make_table(num_rows: int, seed: int, *, share_positive: float = 0.5, num_words: int = 20, noise: float = 0.15) -> pd.DataFrame:
@@ -71,10 +47,10 @@ def test_probabilities_agree_with_an_unhashed_scikit_learn_pipeline() -> None:
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
     )
-    model = make_pipeline(tfidf, LogisticRegression(C=result.parameters["C"], max_iter=1000))
+    model = make_pipeline(tfidf, LogisticRegression(C=result.parameters["C"], max_iter=300))
     model.fit(frames["train"]["text"], frames["train"]["target"])
     for name, scores in (("validation", result.validation), ("test", result.test)):
-        np.testing.assert_allclose(scores.columns["probabilities"], model.predict_proba(frames[name]["text"]), atol=0.01)
+        np.testing.assert_allclose(scores.columns["probabilities"], model.predict_proba(frames[name]["text"]), atol=1e-4)
 
 
 def test_it_learns_what_can_be_learned() -> None:
@@ -99,10 +75,8 @@ def test_chinese_is_learned_from_characters() -> None:
     def table(num_rows: int, name: str) -> pd.DataFrame:
         targets = random.integers(0, 2, num_rows)
         filler = list("这部电影讲述了一个故事演员在城市里说话天气下雨去年")
-        texts = [
-            "".join(random.choice(filler, 12)) + ("非常好看" if target else "十分无聊") + "".join(random.choice(filler, 8))
-            for target in targets
-        ]
+        verdicts = ["非常好看" if target else "十分无聊" for target in targets]
+        texts = ["".join(random.choice(filler, 12)) + verdict + "".join(random.choice(filler, 8)) for verdict in verdicts]
         return pd.DataFrame({"row_id": [f"{name}{index}" for index in range(num_rows)], "text": texts, "target": targets})
 
     result = train_baseline({"train": table(200, "a"), "validation": table(50, "b"), "test": table(100, "c")}, make_splits(), seed=0)
