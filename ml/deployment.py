@@ -67,13 +67,13 @@ def deploy(
     champion = registry.get_version(name, before.champion) if before.champion else None
     predict_url = predict_address(predictor_url, name) if predictor_url else None
 
-    def outcome(status: str, *reasons: str, served: str | None) -> Deployment:
+    def outcome(status: str, *reasons: str, served: str | None, previous: str | None = before.champion) -> Deployment:
         return Deployment.model_validate(
             {
                 "status": status,
                 "name": name,
                 "version": served,
-                "previous_version": before.champion,
+                "previous_version": previous,
                 "predict_url": predict_url,
                 "reasons": reasons,
             }
@@ -87,7 +87,7 @@ def deploy(
                 check_served(predictor_url, name, champion.version, held_out, timeout_seconds)
         except DeploymentError as error:
             return outcome("failed", f"the champion is this very model already, but it is not served: {error}", served=champion.version)
-        return outcome("unchanged", f"the champion {champion.version} is this very model already", served=champion.version)
+        return outcome("unchanged", f"the champion {champion.version} is this very model already", served=champion.version, previous=before.previous)
 
     if digest_file(bundle_folder / BUNDLE_FILE) != version.bundle.digest:
         raise BundleError(f"{bundle_folder} is not the bundle of {name} {version.version}; fetch {version.bundle.digest[:8]} again")

@@ -189,6 +189,7 @@ def load_solution(name: str) -> SolutionSpec:
 
 
 def solution_folder(name: str) -> Path:
+    """Where a solution lies; `name` is one of `solution_names()`."""
     import solutions
 
-    return Path(next(iter(solutions.__path__))) / name
+    return next(folder for path in solutions.__path__ if (folder := Path(path) / name).is_dir())

@@ -56,7 +56,7 @@ def deploy_model(
             held_out,
             predictor_url=load_settings().predictor_url,
             who=getpass.getuser(),
-            why=f"run {run.run_id}: {'; '.join(decision.reasons)}",
+            why=f"run {run.run_id} chose {decision.variant}",
         )
 
 

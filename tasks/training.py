@@ -13,6 +13,7 @@ from ml.storage.artifacts import ArtifactStore
 from ml.storage.checkpoints import StoredCheckpoints
 from ml.storage.connect import open_artifact_store
 from tasks.options import stage_task
+from tasks.training_progress import TrainingProgress
 
 BASELINE = Stage("train_baseline", 1, BaselineModel, ("scikit-learn",))
 TRAIN = Stage("train_model", 1, TrainedModel, ("torch", "transformers", "tokenizers"))
@@ -84,6 +85,7 @@ def _train(run: Run, splits: SplitDataset, store: ArtifactStore, key: str) -> Tr
             work_dir=work_dir,
             output_dir=output_dir,
             checkpoints=StoredCheckpoints(store, key),
+            report=TrainingProgress(),
         )
     )
     return TrainedModel(

@@ -2,7 +2,7 @@
 
 {"kind": "step", "step", "epoch", "loss", "learning_rate", "rows_per_second", "seconds"}
 {"kind": "validation", "step", "epoch", "loss", "accuracy", "seconds"}
-{"kind": "event", "message"}
+{"kind": "event", "message"}    the first one, the plan, also has "num_steps"
 
 `step` counts finished steps; `epoch` is a fraction; `seconds` is training time, interruptions not counted.
 """
@@ -27,8 +27,8 @@ class HistoryWriter:
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
         self._file.flush()
 
-    def event(self, message: str) -> None:
-        self.write("event", message=message)
+    def event(self, message: str, **values: Any) -> None:
+        self.write("event", message=message, **values)
 
     def __enter__(self) -> "HistoryWriter":
         return self

@@ -210,7 +210,8 @@ def _describe(plan: Plan, history: HistoryWriter) -> None:
     measured = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in plan.step_seconds_measured.items())
     history.event(
         f"{plan.epochs} epochs of {plan.num_train_rows} rows, {plan.num_steps} steps of {plan.global_batch_size} rows in {plan.precision} "
-        f"(measured per step: {measured}), about {plan.estimated_seconds:.0f} s"
+        f"(measured per step: {measured}), about {plan.estimated_seconds:.0f} s",
+        num_steps=plan.num_steps,
     )
     for warning in plan.warnings:
         history.event(warning)

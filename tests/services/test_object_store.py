@@ -86,11 +86,18 @@ def test_a_port_taken_while_it_was_down_is_replaced_and_data_stay(state_dir: Pat
     assert connect(moved).get("kept", "key") == b"value"
 
 
+def all_threads_stopped(pid: int) -> bool:
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 def test_an_unhealthy_one_is_ended_and_replaced(state_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(object_store_module, "ADOPTION_TIMEOUT_SECONDS", 0.5)
     endpoint = start_object_store(state_dir)
     frozen = pid_of(state_dir)
     os.kill(frozen, signal.SIGSTOP)
+    while not all_threads_stopped(frozen):
+        time.sleep(0.01)
     monkeypatch.setattr(object_store_module, "PROBE_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(object_store_module, "STOP_GRACE_SECONDS", 0.5)
     assert start_object_store(state_dir) == endpoint

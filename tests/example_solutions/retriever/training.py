@@ -86,7 +86,7 @@ def graph_spec(file: str, width: int) -> GraphSpec:
     )
 
 
-def build_module(bundle: Bundle, folder: Path, graph_name: str):  # noqa: ANN201  (torch is imported only here)
+def build_module(bundle: Bundle, folder: Path, graph_name: str):
     import torch
     from safetensors.torch import load_file
 
