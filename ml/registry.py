@@ -163,24 +163,14 @@ class Registry:
 
         return self._move(name, change, who, why)
 
-    def rollback(self, name: str, who: str, why: str, *, from_version: str | None = None) -> Aliases:
+    def rollback(self, name: str, who: str, why: str) -> Aliases:
         """Exchange `champion` and `previous`.
 
-        Args:
-            from_version: roll back only while this is the champion; does nothing when that was done already.
-
         Raises:
-            DeploymentError: there is no previous version, or the champion is neither `from_version` nor what came before it.
+            DeploymentError: there is no previous version.
         """
 
         def change(aliases: Aliases) -> dict[str, str | None]:
-            if from_version is not None and aliases.champion != from_version:
-                if aliases.previous == from_version:
-                    return {}
-                raise DeploymentError(
-                    f"{name} was not rolled back from {from_version}: the champion is {aliases.champion} by now, "
-                    f"moved by {aliases.who!r} ({aliases.why!r}); look at it before moving it again"
-                )
             if aliases.champion is None or aliases.previous is None:
                 raise DeploymentError(
                     f"{name} has no previous version to go back to (champion: {aliases.champion}); promote one of: "

@@ -47,7 +47,7 @@ def split(validated: ValidatedDataset, config: SplitConfig, data: DataConfig, st
         _fill_empty_classes(frame, hashes, labels, warnings)
 
     targets = {label: index for index, label in enumerate(labels)}
-    frame["target"] = frame["label"].map(targets).astype("int64")
+    frame["target"] = [targets[label] for label in frame["label"]]
     tables = {}
     for name in SPLITS:
         table = frame.loc[frame["split"] == name, ["row_id", "text", "label", "target"]].sort_values("row_id", ignore_index=True)
@@ -136,7 +136,7 @@ def _fill_empty_classes(frame: "pd.DataFrame", hashes: dict[str, float], labels:
     """Move groups from train where a class would be absent from validation or test."""
     for name in ("test", "validation"):
         for label in labels:
-            if ((frame["split"] == name) & (frame["label"] == label)).any():
+            if label in set(frame.loc[frame["split"] == name, "label"]):
                 continue
             in_train = frame.loc[(frame["split"] == "train") & (frame["label"] == label), "group"]
             groups = sorted(in_train.unique(), key=lambda group: hashes[group])

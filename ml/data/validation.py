@@ -33,9 +33,9 @@ def validate(clean: CleanDataset, contract: dict, store: ArtifactStore) -> Valid
     labels = sort_labels(frame["label"].dropna()) if parsed.labels == "infer" else list(parsed.labels)
 
     row_results, broken = check_rows(frame, parsed, labels)
-    bad = frame.index.isin(broken)
-    kept = frame[~bad].reset_index(drop=True)
-    quarantined = frame[bad].assign(rule=[broken[index] for index in frame.index[bad]]).reset_index(drop=True)
+    bad = sorted(broken)
+    kept = frame.drop(index=bad).reset_index(drop=True)
+    quarantined = frame.loc[bad].assign(rule=[broken[row] for row in bad]).reset_index(drop=True)
     table_results, failures = check_table(kept, parsed, labels)
     failures += _broken_limits(parsed, clean, num_quarantined=len(quarantined))
 

@@ -149,16 +149,35 @@ def test_a_rollback_without_a_previous_version_is_an_error_that_says_what_can_be
     assert registry.read_aliases("reviews").champion == only
 
 
-def test_a_rollback_from_a_version_happens_once(registry: Registry):
+def test_a_withdrawn_version_leaves_the_aliases_as_they_were(registry: Registry):
     first, second, third = add_versions(registry, 3)
     registry.promote("reviews", first, "test", "first")
     registry.promote("reviews", second, "test", "second")
-    registry.rollback("reviews", "test", "unhealthy", from_version=second)
-    registry.rollback("reviews", "test", "unhealthy", from_version=second)
-    assert registry.read_aliases("reviews").champion == first
-    registry.promote("reviews", third, "somebody", "third")
+    before = registry.read_aliases("reviews")
+    registry.promote("reviews", third, "test", "third")
+    for _ in range(2):
+        registry.withdraw("reviews", third, before, "test", "unhealthy")
+        aliases = registry.read_aliases("reviews")
+        assert (aliases.champion, aliases.previous, aliases.generation) == (second, first, 4)
+    assert registry.rollback("reviews", "test", "never to the withdrawn one").champion == first
+
+
+def test_the_first_version_of_a_model_can_be_withdrawn(registry: Registry):
+    (only,) = add_versions(registry, 1)
+    before = registry.read_aliases("reviews")
+    registry.promote("reviews", only, "test", "first")
+    aliases = registry.withdraw("reviews", only, before, "test", "unhealthy")
+    assert (aliases.champion, aliases.previous) == (None, None)
+
+
+def test_nothing_is_withdrawn_once_somebody_else_moved_the_champion(registry: Registry):
+    first, second, third = add_versions(registry, 3)
+    registry.promote("reviews", first, "test", "first")
+    before = registry.read_aliases("reviews")
+    registry.promote("reviews", second, "test", "second")
+    registry.promote("reviews", third, "somebody", "meanwhile")
     with pytest.raises(DeploymentError, match="somebody"):
-        registry.rollback("reviews", "test", "unhealthy", from_version=second)
+        registry.withdraw("reviews", second, before, "test", "unhealthy")
     assert registry.read_aliases("reviews").champion == third
 
 

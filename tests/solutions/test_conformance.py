@@ -138,9 +138,8 @@ def test_every_compression_method_takes_it(trained: TrainedSolution, method: str
     assert made.output_schema == source.output_schema
     metric = trained.spec.metrics(trained.splits)[0]
     validation = trained.frames["validation"]
-    before, after = (
-        metric.compute(trained.spec.score(load_predictor(path), validation)) for path in (trained.folders["onnx_fp32"], folder)
-    )
+    folders = (trained.folders["onnx_fp32"], folder)
+    before, after = (metric.compute(trained.spec.score(load_predictor(path), validation)) for path in folders)
     assert abs(before - after) < 0.1
 
 

@@ -2,6 +2,10 @@
 
 Weights are s8 with a scale for each channel, activations u8 with a zero point. (Symmetric s8 activations waste half their
 steps after a GELU: they cost 4.6 points of accuracy on a MiniLM.)
+
+Padding changes the last bit of some sums, and where such a sum lies at the edge between two steps it is rounded the other way: 3 of
+2,130 reviews got logits that differed by up to 7e-4 between batch 1 and batch 32. So the bundle says that its answers depend on the
+batch, and a predictor runs its rows one at a time; on one core that takes no longer.
 """
 
 import contextlib
@@ -65,12 +69,13 @@ def compress(config: StaticInt8, context: CompressionContext) -> Bundle:
                     # which would otherwise count in the histograms as if it were text.
                     "CalibStridedMinMax": 1,
                     "CalibPercentile": config.percentile,
-                    # A product goes on into sums and norms in fp32. Rounding it as well saves no time and costs accuracy.
+                    # A product goes on into sums and norms in fp32. Rounding it as well saved no time on a fine-tuned MiniLM
+                    # and cost half a point of accuracy; 5.8 instead of 2.7 % of the answers differed from fp32.
                     "OpTypesToExcludeOutputQuantization": QUANTIZED_OPERATORS,
                 },
             )
 
-    bundle = quantize_bundle(context, quantize_graph, batch_invariant=True)
+    bundle = quantize_bundle(context, quantize_graph, batch_invariant=False)
     return bundle.model_copy(update={"provenance": {"reduce_range": reduce_range, "num_calibration_rows": len(requests)}})
 
 

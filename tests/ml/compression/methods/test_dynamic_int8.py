@@ -72,3 +72,12 @@ def test_weights_too_large_for_one_file_stay_in_a_file_of_their_own(tiny_model: 
 
 def test_it_needs_no_training_rows():
     assert not methods()["dynamic_int8"].requires_calibration
+
+
+def test_a_row_s_answer_really_depends_on_its_batch(tiny_model: TinyModel, tmp_path: Path):
+    """The reason why the bundle says so; when this fails, rows need no longer run one at a time."""
+    folder = tiny_model.fetch(tiny_model.compress({"method": "dynamic_int8"}, tmp_path), tmp_path / "fetched")
+    alone = logits(folder, tiny_model.spec, tiny_model.test_requests)
+    together = logits(folder, tiny_model.spec, tiny_model.test_requests, batch_size=64)
+    assert np.abs(alone - together).max() > 1e-3
+    assert not read_bundle(folder).batch_invariant
