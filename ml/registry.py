@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 30
 MAX_BACKOFF_SECONDS = 1.0
 
-_VERSION_KEY = re.compile(rf"registry/(?P<name>{MODEL_NAME_PATTERN})/versions/(?P<version>\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}})\.json")
-
 
 def version_id(created: datetime, bundle: BundleRef) -> str:
     """`<utc yyyymmddThhmmssZ>-<first 8 digits of the bundle's digest>`: sorts by time, and names the bytes."""
@@ -99,7 +97,7 @@ class Registry:
     def get_version(self, name: str, version: str) -> ModelVersion:
         """Raises ObjectNotFoundError when there is none, with the latest versions that there are."""
         key = keys.model_version(_check_name(name), version)
-        if _VERSION_KEY.fullmatch(key):
+        if keys.parse_model_version(key):
             with contextlib.suppress(ObjectNotFoundError):
                 return ModelVersion.model_validate_json(self._objects.get(self._bucket, key))
         known = self.list_versions(name)[-5:]
@@ -108,12 +106,12 @@ class Registry:
     def list_versions(self, name: str) -> list[str]:
         """All versions of a model, oldest first."""
         listed = self._objects.list(self._bucket, keys.model_versions_prefix(_check_name(name)))
-        return [found["version"] for info in listed if (found := _VERSION_KEY.fullmatch(info.key))]
+        return [found[1] for info in listed if (found := keys.parse_model_version(info.key))]
 
     def list_names(self) -> list[str]:
         """All models that have a version, by name."""
         listed = self._objects.list(self._bucket, keys.models_prefix())
-        return sorted({found["name"] for info in listed if (found := _VERSION_KEY.fullmatch(info.key))})
+        return sorted({found[0] for info in listed if (found := keys.parse_model_version(info.key))})
 
     def read_aliases(self, name: str) -> Aliases:
         """The aliases of a model; all empty when none was ever set."""

@@ -15,6 +15,7 @@ from typing import Literal
 BucketRole = Literal["datasets", "runs", "registry"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._=@+-]+")
+_MODEL_VERSION = re.compile(r"registry/(?P<name>[a-z0-9][a-z0-9_-]{0,62})/versions/(?P<version>\d{8}T\d{6}Z-[0-9a-f]{8})\.json")
 
 
 def check_key(key: str) -> str:
@@ -69,6 +70,12 @@ def model_version(name: str, version: str) -> str:
 
 def model_versions_prefix(name: str) -> str:
     return f"registry/{name}/versions/"
+
+
+def parse_model_version(key: str) -> tuple[str, str] | None:
+    """(name, version) of a key built by `model_version`; None for any other key."""
+    found = _MODEL_VERSION.fullmatch(key)
+    return (found["name"], found["version"]) if found else None
 
 
 def model_aliases(name: str) -> str:
