@@ -58,5 +58,4 @@ def configure_logging() -> None:
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OUR_LOGGERS))
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

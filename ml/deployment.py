@@ -87,7 +87,9 @@ def deploy(
                 check_served(predictor_url, name, champion.version, held_out, timeout_seconds)
         except DeploymentError as error:
             return outcome("failed", f"the champion is this very model already, but it is not served: {error}", served=champion.version)
-        return outcome("unchanged", f"the champion {champion.version} is this very model already", served=champion.version, previous=before.previous)
+        return outcome(
+            "unchanged", f"the champion {champion.version} is this very model already", served=champion.version, previous=before.previous
+        )
 
     if digest_file(bundle_folder / BUNDLE_FILE) != version.bundle.digest:
         raise BundleError(f"{bundle_folder} is not the bundle of {name} {version.version}; fetch {version.bundle.digest[:8]} again")

@@ -3,7 +3,7 @@
 import json
 import secrets
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,10 @@ def start_run(store: ArtifactStore, request: RunRequest) -> Run:
 
 def finish_run(store: ArtifactStore, run: Run, records: "RunRecords", outcome: "PipelineOutcome", report_html: str) -> None:
     """Save what came of a run. manifest.json is written last: a run that has one is whole."""
-    files = {"outcome.json": outcome.model_dump_json(indent=1).encode(), "report.html": report_html.encode()}
+    files: dict[Literal["outcome.json", "report.html"], bytes] = {
+        "outcome.json": outcome.model_dump_json(indent=1).encode(),
+        "report.html": report_html.encode(),
+    }
     for name, data in files.items():
         store.objects.put(store.runs_bucket, keys.run_file(run.run_id, name), data)
     manifest = {

@@ -25,7 +25,9 @@ def find_problems(objects: ObjectStore, prefix: str) -> list[str]:
                 problems.append(f"{key}: the bytes are not those of the digest")
     for key in keys:
         if key.startswith("stages/") or key.endswith("/manifest.json"):
-            problems += [f"{key}: names {digest}, which is not stored" for digest in _named(objects.get(runs, key)) if digest not in digests]
+            problems += [
+                f"{key}: names {digest}, which is not stored" for digest in _named(objects.get(runs, key)) if digest not in digests
+            ]
         if key.startswith("runs/") and key.endswith("/manifest.json"):
             manifest = json.loads(objects.get(runs, key))
             for name, digest in manifest["files"].items():

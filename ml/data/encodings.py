@@ -54,15 +54,13 @@ def _decode_as(data: bytes, encoding: str, name: str) -> tuple[str, str]:
     except LookupError:
         close = difflib.get_close_matches(encoding.lower().replace("-", "_"), list(encodings.aliases.aliases), n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise DataError(
-            f"ENCODING={encoding} is not a known encoding{hint} Common ones: utf-8, cp1252, latin-1, gb18030, shift_jis"
-        ) from None
+        raise DataError(f"ENCODING={encoding} is not a known encoding{hint}; common: utf-8, cp1252, latin-1, gb18030, shift_jis") from None
     if known == "utf-8":
         known = "utf-8-sig"
     try:
         return _strictly(data, known, name, "the file has another encoding: leave ENCODING= empty to have it detected, or say which")
     except LookupError:
-        raise DataError(f"ENCODING={encoding} does not turn bytes into text; common ones: utf-8, cp1252, latin-1, gb18030") from None
+        raise DataError(f"ENCODING={encoding} does not turn bytes into text; common: utf-8, cp1252, latin-1, gb18030") from None
 
 
 def _strictly(data: bytes, encoding: str, name: str, advice: str) -> tuple[str, str]:

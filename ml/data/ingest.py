@@ -80,7 +80,9 @@ def read_rows(source: str, store: ArtifactStore, *, text_column: str = "text", e
         if columns.num_rows == 0:
             continue
         found = find_column(item.name, columns.cells, "text", text_column)
-        cells = {("text" if column == found else column): _texts(item.name, column, values) for column, values in columns.cells.items()}
+        cells = {
+            ("text" if column == found else column): _as_written(item.name, column, values) for column, values in columns.cells.items()
+        }
         frames.append(pd.DataFrame(cells, dtype="str"))
     if not frames:
         raise DataError(f"{source} holds no rows; add some or name another file")
@@ -152,8 +154,7 @@ def _rows(name: str, columns: Columns, config: DataConfig) -> _Rows:
 
     empty: list[str | None] = [None] * columns.num_rows
     found = find_column(name, columns.cells, "text", config.text_column)
-    # A text keeps its form: a review that says "1.0" or "True" is not a number.
-    texts = [cell if isinstance(cell, str) else _text(name, found, row, cell) for row, cell in enumerate(columns.cells[found])]
+    texts = _as_written(name, found, columns.cells[found])
     labels = cells("label", config.label_column)
     splits = cells("split", config.split_column) if config.split_column is not None else empty
     groups = cells("group", config.group_column) if config.group_column is not None else empty
@@ -165,7 +166,7 @@ def _rows(name: str, columns: Columns, config: DataConfig) -> _Rows:
     names = {cell_text(value): label for value, label in config.label_names.items()}
     rows = [row for row in range(columns.num_rows) if kept[row]]
     return _Rows(
-        texts=[text if (text := texts[row]) and text.strip() else None for row in rows],
+        texts=[texts[row] for row in rows],
         labels=[names.get(labels[row], labels[row]) for row in rows],
         splits=_splits(name, [splits[row] for row in rows], config),
         groups=[groups[row] for row in rows],
@@ -184,6 +185,11 @@ def _splits(name: str, splits: list[str | None], config: DataConfig) -> list[str
         return [split_name(str(split)) for split in splits]
     except DataError as error:
         raise DataError(f"{name}, column {config.split_column!r}: {error}") from error
+
+
+def _as_written(name: str, column: str, cells: Sequence[object]) -> list[str | None]:
+    """Strings keep their form (a review that says "1.0" or "True" is neither number nor boolean); blank ones are None."""
+    return [(cell if cell.strip() else None) if isinstance(cell, str) else _text(name, column, row, cell) for row, cell in enumerate(cells)]
 
 
 def _texts(name: str, column: str, cells: Sequence[object]) -> list[str | None]:

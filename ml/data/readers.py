@@ -61,9 +61,10 @@ def _read_parquet(name: str, data: bytes) -> Columns:
 
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+        cells = {str(column): table.column(column).to_pylist() for column in table.column_names}
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise DataError(f"{name} cannot be read as Parquet: {error}. Write it again, or give CSV or JSONL") from error
-    return Columns({str(column): table.column(column).to_pylist() for column in dict.fromkeys(table.column_names)}, table.num_rows, None)
+    return Columns(cells, table.num_rows, None)
 
 
 def _read_jsonl(name: str, text: str, encoding: str) -> Columns:
@@ -75,13 +76,21 @@ def _read_jsonl(name: str, text: str, encoding: str) -> Columns:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{name}, line {number}: not JSON ({error.msg}), found {line.strip()[:80]!r}; each line is one object"
+                f"{name}, line {number}: not JSON ({error.msg}), found {line.strip()[:60]!r}; each line is one object"
             ) from error
         if not isinstance(record, dict):
             raise DataError(f'{name}, line {number}: found {line.strip()[:80]!r}, not an object such as {{"text": …, "label": …}}')
         records.append(record)
     columns = dict.fromkeys(column for record in records for column in record)
-    return Columns({column: [record.get(column) for record in records] for column in columns}, len(records), encoding)
+    cells = {column: [record.get(column) for record in records] for column in columns}
+    if "\\ud" in text.lower():
+        cells = {column: [_whole_characters(cell) for cell in values] for column, values in cells.items()}
+    return Columns(cells, len(records), encoding)
+
+
+def _whole_characters(cell: object) -> object:
+    """Half of a surrogate pair, which JSON can escape but UTF-8 cannot hold, becomes U+FFFD."""
+    return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(cell, str) else cell
 
 
 def _read_csv(name: str, text: str, encoding: str, delimiter: str | None) -> Columns:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_TOO_FEW_GROUPS = "give more rows or more groups of it, or correct the split column"
 POSITIVE_NAMES = ("positive", "pos", "1", "yes", "true")
 
 
@@ -31,8 +32,8 @@ def split(validated: ValidatedDataset, config: SplitConfig, data: DataConfig, st
     train, never the other way, and `warnings` says so: only such rows may change their split when data grows.
 
     Raises:
-        DataError: fewer than two classes, a class with fewer than `config.min_rows_per_class` rows, or a class that
-            cannot be in every split because it has too few groups.
+        DataError: fewer than two classes, a class with fewer than `config.min_rows_per_class` rows, a class without a
+            row in train (held-out rows are never moved there), or a group that the user's split column parts.
         ConfigError: `data.positive_label` is not one of two classes.
     """
     frame = store.get_frame(validated.table)
@@ -54,6 +55,8 @@ def split(validated: ValidatedDataset, config: SplitConfig, data: DataConfig, st
         if table.empty:
             raise DataError(f"the {name} split has no rows; give more data, or fill the split column with {name}")
         if missing := [label for label in labels if label not in set(table["label"])]:
+            if name == "train":
+                raise DataError(f"no row of class {', '.join(missing)} is in train, so it cannot be learned; {_TOO_FEW_GROUPS}")
             warnings.append(f"no row of {', '.join(missing)} is in {name}; its figures do not speak of them")
         tables[name] = table
     for warning in warnings:
@@ -120,6 +123,13 @@ def choose_positive_label(labels: list[str], configured: str | None) -> str | No
 
 def _given_splits(frame: "pd.DataFrame", config: SplitConfig, warnings: list[str]) -> list[str]:
     """The user's splits; where there is no validation (as in many published data sets), a part of train is taken for it."""
+    parted = frame.groupby("group")["split"].nunique()
+    if num_parted := int((parted > 1).sum()):
+        rows = frame.loc[frame["group"] == parted[parted > 1].index[0]]
+        raise DataError(
+            f"{num_parted} groups are in more than one split, e.g. the one of {str(rows['text'].iloc[0])[:60]!r} in "
+            f"{', '.join(sorted(rows['split'].unique()))}; correct the split or the group column, or give only one of them"
+        )
     given = frame["split"].fillna("train").tolist()
     if "validation" not in given:
         share = config.validation_fraction / (1 - config.test_fraction)

@@ -98,6 +98,8 @@ def _run(frame: "pd.DataFrame", suite: "ExpectationSuite", contract: DataContrac
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    # This one logger sets itself to INFO and tells of every temporary folder.
+    logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)  # type: ignore[assignment]
     asset = context.data_sources.add_pandas("rows").add_dataframe_asset("rows")
@@ -106,10 +108,13 @@ def _run(frame: "pd.DataFrame", suite: "ExpectationSuite", contract: DataContrac
     outcomes = {}
     for outcome in batch.validate(context.suites.add(suite), result_format="COMPLETE").results:
         name = outcome.expectation_config.meta["rule"]  # type: ignore[union-attr]
-        if (outcome.exception_info or {}).get("raised_exception"):
-            message = outcome.exception_info.get("exception_message")
-            raise ConfigError(
-                f"contract {contract.name}, rule {name} cannot be checked: {message}; correct data_contracts/{contract.name}.yaml"
-            )
+        if (error := _error(outcome.exception_info or {})) is not None:
+            raise ConfigError(f"contract {contract.name}, rule {name} cannot be checked: {error}; correct the contract")
         outcomes[name] = outcome
     return outcomes
+
+
+def _error(exception_info: dict[str, Any]) -> str | None:
+    """What an expectation raised; Great Expectations keeps one description, or one for each metric that failed."""
+    described = [exception_info, *(value for value in exception_info.values() if isinstance(value, dict))]
+    return next((str(found.get("exception_message")) for found in described if found.get("raised_exception")), None)

@@ -27,7 +27,7 @@ def held_out_replies(folder: Path, spec: SolutionSpec, table: "pd.DataFrame", of
         DeploymentError: the bundle scores a row otherwise than when it was evaluated.
     """
     positions = {row_id: position for position, row_id in enumerate(offline.row_ids)}
-    rows = table[table["row_id"].isin(positions.keys())].head(num_rows)
+    rows = table.loc[[row for row, row_id in enumerate(table["row_id"]) if row_id in positions][:num_rows]]
     predictor = load_predictor(folder)
     scores = spec.score(predictor, rows)
     stored = offline.take(np.array([positions[row_id] for row_id in scores.row_ids], dtype=int))

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Rules that change texts, in the order in which they run, then rules that drop rows.
-CHANGING_RULES = ("encoding", "html", "control_characters", "urls", "label_leaks", "whitespace")
-DROPPING_RULES = ("empty", "exact_duplicate", "conflicting_label", "near_duplicate")
+CHANGING_RULES: tuple[str, ...] = ("encoding", "html", "control_characters", "urls", "label_leaks", "whitespace")
+DROPPING_RULES: tuple[str, ...] = ("empty", "exact_duplicate", "conflicting_label", "near_duplicate")
 
 # Attributes need a value, so that "x <y and z> w" is no tag.
 _TAG = re.compile(r"</?([a-zA-Z][\w:-]{0,30})(?:\s+[\w:@.-]{1,60}\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))*\s*/?>")
 _HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 # Tags inside a word or before punctuation; any other tag parts words.
-_INLINE = frozenset("a abbr b big code del em font i ins mark q s small span strike strong sub sup tt u".split())
+_INLINE = re.compile("a|abbr|b|big|code|del|em|font|i|ins|mark|q|s|small|span|strike|strong|sub|sup|tt|u", re.IGNORECASE)
 # C0 and C1 controls but white space, and invisible format characters: zero-width space, soft hyphen, byte order mark,
 # direction marks. The joiners U+200C and U+200D stay: Persian words and family emoji are written with them.
 _CONTROL = re.compile(
@@ -53,7 +53,7 @@ def clean_texts(frame: "pd.DataFrame", config: CleanConfig) -> "tuple[pd.DataFra
         dropped: rows with their original text, `group`, and the `reason`, one of `DROPPING_RULES`.
         counts: rule -> rows that it changed or dropped.
     """
-    counts = dict.fromkeys((*CHANGING_RULES, *DROPPING_RULES), 0)
+    counts: dict[str, int] = dict.fromkeys((*CHANGING_RULES, *DROPPING_RULES), 0)
     originals = [text if isinstance(text, str) else None for text in frame["text"].tolist()]
     texts = [None if text is None else _clean_text(text, config, counts) for text in originals]
     labels = [label if isinstance(label, str) else None for label in frame["label"].tolist()]
@@ -107,7 +107,8 @@ def clean_texts(frame: "pd.DataFrame", config: CleanConfig) -> "tuple[pd.DataFra
     for reason in reasons:
         if reason is not None:
             counts[reason] += 1
-    return (*_tables(frame, texts, groups, reasons), counts)
+    kept, dropped = _tables(frame, texts, groups, reasons)
+    return kept, dropped, counts
 
 
 def _clean_text(text: str, config: CleanConfig, counts: dict[str, int]) -> str:
@@ -146,7 +147,7 @@ def _fix_mojibake(text: str) -> str:
 def _strip_html(text: str) -> str:
     unescaped = html.unescape(text)
     visible = _HIDDEN.sub(" ", unescaped) if "<!--" in unescaped or "</s" in unescaped.lower() else unescaped
-    return _TAG.sub(lambda tag: "" if tag.group(1).lower() in _INLINE else " ", visible)
+    return _TAG.sub(lambda tag: "" if _INLINE.fullmatch(tag.group(1)) else " ", visible)
 
 
 def _strip_controls(text: str) -> str:
@@ -191,9 +192,14 @@ def _tables(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     import pandas as pd
 
-    kept = pd.Series([reason is None for reason in reasons], index=frame.index, dtype=bool)
     columns = ["row_id", "text", "label", "group", *(["split"] if "split" in frame else [])]
-    described = frame.assign(group=pd.Series(groups, index=frame.index, dtype="str"))[columns]
-    clean = described.assign(text=pd.Series(texts, index=frame.index, dtype="str"))[kept].reset_index(drop=True)
-    dropped = described.assign(reason=pd.Series(reasons, index=frame.index, dtype="str"))[~kept].reset_index(drop=True)
-    return clean, dropped
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    out = [row for row, reason in enumerate(reasons) if reason is not None]
+
+    def rows(chosen: list[int], **changed: list[str | None]) -> pd.DataFrame:
+        table = frame.iloc[chosen].reset_index(drop=True)
+        for column, values in {"group": groups, **changed}.items():
+            table[column] = pd.Series([values[row] for row in chosen], dtype="str")
+        return table[[*columns, *(column for column in changed if column not in columns)]]
+
+    return rows(kept, text=texts), rows(out, reason=reasons)

@@ -1,6 +1,6 @@
 """The `model` section of a text-classification solution's config."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,7 @@ class TextClassifierConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: str = Field(description="Hugging Face folder, s3:// prefix, package:<import name>/<folder>, config:<folder>, or hub name")
-    max_length: int | Literal["auto"] = Field(
+    max_length: Annotated[int, Field(ge=4, le=8192)] | Literal["auto"] = Field(
         default="auto", description="tokens kept of a text; auto: covers 95 % of them, within max_length_cap"
     )
     max_length_cap: int = Field(default=128, ge=8, le=8192)

@@ -10,14 +10,14 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ml.solution import TrainContext, TrainResult
 from ml.storage.artifacts import digest_file
-from ml.text_classification.encoders import fetch_encoder
+from ml.text_classification.encoders import fetch_encoder, has_trained_weights
 from ml.text_classification.model import save_torch_bundle
 from ml.text_classification.settings import TextClassifierConfig
 from ml.text_classification.tokenizer import prepare_tokenizer
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOB = "ml.text_classification.training_job:TextClassificationJob"
+FINE_TUNING_LEARNING_RATE = 5e-5
+NEW_VOCABULARY_LEARNING_RATE = 3e-4
+RANDOM_WEIGHTS_LEARNING_RATE = 1e-3
+MOSTLY_NEW_VOCABULARY = 0.2
 LENGTH_QUANTILE = 0.95
 LENGTH_MULTIPLE = 8
 LENGTH_SAMPLE = 5_000
@@ -172,6 +176,16 @@ def choose_max_length(lengths: np.ndarray, settings: TextClassifierConfig, *, li
     return max(1, min(covering, settings.max_length_cap, limit))
 
 
+def choose_learning_rate(configured: float | Literal["auto"], prepared: Prepared) -> float:
+    """As configured, or by how much of the model is new: fine-tuning must not wash out what is known, random weights need large steps."""
+    if configured != "auto":
+        return configured
+    if not has_trained_weights(Path(prepared.encoder_dir)):
+        return RANDOM_WEIGHTS_LEARNING_RATE
+    mostly_new = prepared.tokenizer["unknown_share_before"] > MOSTLY_NEW_VOCABULARY
+    return NEW_VOCABULARY_LEARNING_RATE if mostly_new else FINE_TUNING_LEARNING_RATE
+
+
 def is_weighted(targets: np.ndarray, num_labels: int, class_weights: str) -> bool:
     """Whether classes get weights; "auto": when the largest has more than three times the rows of the smallest."""
     counts = np.bincount(targets, minlength=num_labels)
@@ -211,7 +225,7 @@ def _spec(ctx: TrainContext, settings: TextClassifierConfig, prepared: Prepared,
         num_ranks=config.num_ranks,
         batch_size_per_rank=config.batch_size_per_rank,
         epochs=config.epochs,
-        learning_rate=config.learning_rate,
+        learning_rate=choose_learning_rate(ctx.config.learning_rate, prepared),
         warmup_fraction=config.warmup_fraction,
         weight_decay=config.weight_decay,
         gradient_clip=config.gradient_clip,

@@ -94,7 +94,9 @@ def test_lineage_and_predict_speak_of_the_champion(workspace: Workspace, first_r
     assert lineage.returncode == 0, lineage.stderr
     assert outcome["version"] in lineage.stdout
     scored = workspace.folder / "scored.csv"
-    predicted = workspace.call("predict", "--data", str(workspace.folder / "reviews.csv"), "--out", str(scored), "--name", "reviews", "--text", "review")
+    predicted = workspace.call(
+        "predict", "--data", str(workspace.folder / "reviews.csv"), "--out", str(scored), "--name", "reviews", "--text", "review"
+    )
     assert predicted.returncode == 0, predicted.stdout + predicted.stderr
     lines = scored.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 301
@@ -129,7 +131,9 @@ def test_killed_run_resumes_from_its_checkpoint(workspace: Workspace) -> None:
     print(f"seed {seed}")
     data = write_reviews(workspace.folder / "killed.csv", 300, seed=seed)
     arguments = workspace.run_arguments(data, "train.epochs=20", "train.patience=1000")
-    process = subprocess.Popen(workspace.command(*arguments), env=workspace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        workspace.command(*arguments), env=workspace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         training = workspace.state_dir / "training"
         deadline = time.monotonic() + 200
@@ -156,5 +160,9 @@ def test_killed_run_resumes_from_its_checkpoint(workspace: Workspace) -> None:
 
 def test_down_leaves_no_process(workspace: Workspace) -> None:
     assert workspace.call("down").returncode == 0
-    ours = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"]) if str(workspace.state_dir) in " ".join(process.info["cmdline"] or [])]
+    ours = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if str(workspace.state_dir) in " ".join(process.info["cmdline"] or [])
+    ]
     assert ours == []

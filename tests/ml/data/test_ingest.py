@@ -214,3 +214,24 @@ def test_unknown_profile_and_solution_name_the_nearest() -> None:
         resolve_config(RunRequest(profile="quik"))
     with pytest.raises(ConfigError, match="sentiment"):
         resolve_config(RunRequest(solution="sentimant"))
+
+
+def test_text_that_looks_like_a_value_keeps_its_form(artifact_store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("review,stars\nTrue,1.0\n1.0,2\n")
+    assert pairs(table(artifact_store, tmp_path / "a.csv")) == [("True", "1"), ("1.0", "2")]
+    assert read_rows(str(tmp_path / "a.csv"), artifact_store, text_column="review")["text"].tolist() == ["True", "1.0"]
+
+
+def test_unknown_split_value_is_refused(artifact_store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("review,stars,part\nfine,5,train\nbad,1,holdout\n")
+    with pytest.raises(DataError, match=r"column 'part'.*'holdout'"):
+        read(artifact_store, tmp_path / "a.csv", split_column="part")
+
+
+def test_file_that_changes_while_it_is_read_is_refused(artifact_store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV)
+    settings = DataConfig(source=str(tmp_path / "a.csv"), text_column="review", label_column="stars")
+    source = open_source(settings, artifact_store)
+    (tmp_path / "a.csv").write_text(CSV + "late,1\n")
+    with pytest.raises(DataError, match="changed while it was read"):
+        ingest(source, settings, artifact_store)

@@ -135,3 +135,18 @@ def test_summary_speaks_of_each_class(artifact_store: ArtifactStore) -> None:
     assert summary["telling_words"]["a"][0] == "sunny"
     assert summary["telling_words"]["b"][0] == "rainy"
     assert summary["length_words"]["50%"] == 3
+
+
+def test_group_that_the_split_column_parts_is_refused(artifact_store: ArtifactStore) -> None:
+    frame = rows(90, ["a", "b"])
+    frame["split"] = ["train", "validation", "test"] * 30
+    frame.loc[:1, "group"] = "one person"
+    with pytest.raises(DataError, match="1 groups are in more than one split"):
+        divide(artifact_store, frame)
+
+
+def test_class_that_cannot_be_learned_is_refused(artifact_store: ArtifactStore) -> None:
+    frame = rows(90, ["a", "b"])
+    frame["split"] = ["train" if label == "a" else "test" for label in frame["label"]]
+    with pytest.raises(DataError, match="no row of class b is in train"):
+        divide(artifact_store, frame)
