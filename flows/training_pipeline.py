@@ -1,6 +1,9 @@
 """The whole pipeline on one screen: raw data in, a small, fast, deployed model out, or a clear reason why not."""
 
+import os
+
 from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.journal import Journal
 from ml.config import RunRequest
@@ -12,7 +15,12 @@ from tasks.evaluation import evaluate_models, judge_model, measure_models, selec
 from tasks.training import train_baseline, train_model
 
 
-@flow(name="training-pipeline", flow_run_name="{request.solution}-{request.profile}", persist_result=False)
+@flow(
+    name="training-pipeline",
+    flow_run_name="{request.solution}-{request.profile}",
+    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1),  # type: ignore[arg-type]
+    persist_result=False,
+)
 def training_pipeline(request: RunRequest) -> PipelineOutcome:
     """Train, compress, judge and serve one model. Tasks hand each other small records; bytes stay in object storage."""
     with Journal(request) as journal:

@@ -85,6 +85,9 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Section):
     max_rows: int = Field(default=2000, ge=50, description="validation and test rows scored per variant, stratified")
+    max_values: int = Field(
+        default=80_000, ge=1_000, description="input values (tokens) scored per variant and split; long texts are fewer rows"
+    )
     bootstrap_resamples: int = Field(default=1000, ge=100, le=20000)
     latency_length_tokens: int = Field(default=32, ge=4)
     throughput_batch_size: int = Field(default=32, ge=1)

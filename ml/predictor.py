@@ -29,7 +29,8 @@ class Predictor:
         """Raw graph outputs, one row per request."""
         if self.bundle.batch_invariant or len(requests) == 1:
             return self.run_graph(self.codec.encode(requests))
-        # Dynamic INT8 takes its activation scale from the whole batch: run alone, a row has one answer.
+        # Dynamic INT8 takes its activation scale from the whole batch, and padding can flip a rounding of static INT8:
+        # run alone, a row has one answer.
         rows = [self.run_graph(self.codec.encode([request])) for request in requests]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 

@@ -42,9 +42,10 @@ def evaluate_models(
     """The uncompressed model, then the baseline and every variant beside it, on the same rows of one split."""
     uncompressed = Variant(name=UNCOMPRESSED_NAME, method="none", bundle=trained.bundle)
     reference = evaluate_model(run, uncompressed, splits, split_name, None)
-    reference_scores = reference.record.quality.scores
-    others = [evaluate_model(run, variant, splits, split_name, reference_scores) for variant in variants if variant.bundle is not None]
-    return [evaluate_baseline(run, baseline, splits, split_name, reference_scores), reference, *others]
+    scores = reference.record.quality.scores
+    # Quality does not depend on what else runs, as timing does: the variants share the cores, one thread each.
+    others = [evaluate_model.submit(run, variant, splits, split_name, scores) for variant in variants if variant.bundle is not None]
+    return [evaluate_baseline(run, baseline, splits, split_name, scores), reference, *(other.result() for other in others)]
 
 
 @stage_task("evaluate_model-{variant.name}-{split_name}")
@@ -85,7 +86,7 @@ def evaluate_baseline(
 
 def _key_parts(run: Run) -> tuple:
     evaluate = run.config.evaluate
-    return evaluate.max_rows, evaluate.bootstrap_resamples, run.config.seed, run.config.solution
+    return evaluate.max_rows, evaluate.max_values, evaluate.bootstrap_resamples, run.config.seed, run.config.solution
 
 
 @stage_task()

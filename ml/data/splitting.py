@@ -55,10 +55,10 @@ def split(validated: ValidatedDataset, config: SplitConfig, data: DataConfig, st
         if table.empty:
             raise DataError(f"the {name} split has no rows; give more data, or fill the split column with {name}")
         if missing := [label for label in labels if label not in set(table["label"])]:
-            if name == "train":
-                raise DataError(f"no row of class {', '.join(missing)} is in train, so it cannot be learned; {_TOO_FEW_GROUPS}")
             warnings.append(f"no row of {', '.join(missing)} is in {name}; its figures do not speak of them")
         tables[name] = table
+    if unlearnable := [label for label in labels if label not in set(tables["train"]["label"])]:
+        raise DataError(f"no row of class {', '.join(unlearnable)} is in train, so it cannot be learned; {_TOO_FEW_GROUPS}")
     for warning in warnings:
         logger.warning(warning)
     counts = {name: {label: int((table["label"] == label).sum()) for label in labels} for name, table in tables.items()}
@@ -123,13 +123,13 @@ def choose_positive_label(labels: list[str], configured: str | None) -> str | No
 
 def _given_splits(frame: "pd.DataFrame", config: SplitConfig, warnings: list[str]) -> list[str]:
     """The user's splits; where there is no validation (as in many published data sets), a part of train is taken for it."""
-    parted = frame.groupby("group")["split"].nunique()
-    if num_parted := int((parted > 1).sum()):
-        rows = frame.loc[frame["group"] == parted[parted > 1].index[0]]
-        raise DataError(
-            f"{num_parted} groups are in more than one split, e.g. the one of {str(rows['text'].iloc[0])[:60]!r} in "
-            f"{', '.join(sorted(rows['split'].unique()))}; correct the split or the group column, or give only one of them"
-        )
+    first_split: dict[str, str] = {}
+    for group, name, text in frame[["group", "split", "text"]].itertuples(index=False, name=None):
+        if first_split.setdefault(group, name) != name:
+            raise DataError(
+                f"a group of rows is in {first_split[group]} and in {name}, e.g. {text[:60]!r}; "
+                "correct the split or the group column, or give only one of them"
+            )
     given = frame["split"].fillna("train").tolist()
     if "validation" not in given:
         share = config.validation_fraction / (1 - config.test_fraction)

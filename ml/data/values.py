@@ -32,7 +32,7 @@ def cell_text(value: object) -> str | None:
     """
     if hasattr(value, "item") and not isinstance(value, str):
         value = value.item()  # type: ignore[union-attr]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NaTType", "NAType"):
         return None
     if isinstance(value, str):
         text = value.strip()
@@ -40,8 +40,6 @@ def cell_text(value: object) -> str | None:
         text = str(value)
         if isinstance(value, float) and value.is_integer():
             text = str(int(value))
-    elif value.__class__.__name__ in ("NaTType", "NAType", "Timestamp"):
-        text = "" if value.__class__.__name__ != "Timestamp" else str(value)
     else:
         raise DataError(f"a cell holds {type(value).__name__} {str(value)[:80]!r}, not text, a number or true/false")
     if match := _WHOLE_OR_DECIMAL.fullmatch(text):

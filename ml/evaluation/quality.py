@@ -1,5 +1,6 @@
 """How well a model answers: metrics with intervals, and the paired difference to the uncompressed model."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,14 +11,17 @@ from ml.config import EvaluateConfig
 from ml.errors import DataError
 from ml.evaluation.bootstrap import difference_interval, metric_intervals
 from ml.evaluation.sampling import choose_rows
-from ml.predictor import load_predictor
+from ml.predictor import Predictor, load_predictor
 from ml.solution import Metric, Scores, SolutionSpec
 from ml.storage.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 SplitName = Literal["validation", "test"]
+SAMPLED_ROWS = 64
 
 
 def evaluate_bundle(
@@ -30,7 +34,7 @@ def evaluate_bundle(
     reference: Scores | None,
     store: ArtifactStore,
 ) -> tuple[Quality, Scores]:
-    """Score a bundle on at most `config.max_rows` rows of a split; the choice of rows is the same for every model.
+    """Score a bundle on as many rows of a split as `config` allows; the choice of rows is the same for every model.
 
     Args:
         frame: the whole table of the split.
@@ -40,11 +44,21 @@ def evaluate_bundle(
         DataError: the table has no rows, or the reference was scored on other rows.
         BundleError: the bundle is damaged.
     """
-    rows = choose_rows(frame, config.max_rows)
-    if len(rows) == 0:
+    if len(frame) == 0:
         raise DataError(f"the {split} split has no rows to score; give more data or a larger `split.{split}_fraction`")
-    scores = spec.score(load_predictor(folder, num_threads=config.num_threads), rows)
+    predictor = load_predictor(folder, num_threads=config.num_threads)
+    rows = choose_rows(frame, min(config.max_rows, affordable_rows(predictor, spec, frame, config.max_values)))
+    if len(rows) < len(frame):
+        logger.info("%d of %d %s rows are scored (evaluate.max_rows, max_values)", len(rows), len(frame), split)
+    scores = spec.score(predictor, rows)
     return evaluate_scores(scores, spec, split, splits, config, reference, store), scores
+
+
+def affordable_rows(predictor: Predictor, spec: SolutionSpec, frame: "pd.DataFrame", max_values: int) -> int:
+    """Rows whose graph inputs have `max_values` values in all, by the mean of a sample; all variants encode alike, so they agree."""
+    sample = spec.requests(choose_rows(frame, SAMPLED_ROWS))
+    num_values = [next(iter(predictor.codec.encode([request]).values())).size for request in sample]
+    return max(SAMPLED_ROWS, int(max_values / (sum(num_values) / len(num_values))))
 
 
 def evaluate_scores(

@@ -1,4 +1,5 @@
 import random
+import time
 
 import numpy as np
 import pytest
@@ -92,8 +93,6 @@ def test_banding_misses_few_pairs_at_the_threshold(threshold: float) -> None:
 
 
 def test_boilerplate_does_not_take_quadratic_time() -> None:
-    import time
-
     boilerplate = text(1, 40)
     seconds = []
     for num_rows in (1000, 4000):

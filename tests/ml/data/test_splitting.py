@@ -141,7 +141,7 @@ def test_group_that_the_split_column_parts_is_refused(artifact_store: ArtifactSt
     frame = rows(90, ["a", "b"])
     frame["split"] = ["train", "validation", "test"] * 30
     frame.loc[:1, "group"] = "one person"
-    with pytest.raises(DataError, match="1 groups are in more than one split"):
+    with pytest.raises(DataError, match="a group of rows is in train and in validation"):
         divide(artifact_store, frame)
 
 
