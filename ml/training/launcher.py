@@ -32,7 +32,9 @@ GRACE_SECONDS = 10.0
 START_SECONDS = 300.0
 NUM_LOG_LINES_SHOWN = 15
 
-_FAILED_RANK = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# torchrun lists the ranks that it ended itself too; the one that ended first stands under this heading.
+_ROOT_CAUSE = "Root Cause"
+_FAILED_RANK = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _explain(spec: TrainSpec, attempt: AttemptFolder, return_code: int) -> Failu
         if not error["lost_peer"]:
             return Failure(f"rank {error['rank']} failed: {error['message']} (log: {attempt.log})", repeats=True)
     log = attempt.log.read_text(encoding="utf-8", errors="replace")
-    for rank, exit_code in _FAILED_RANK.findall(log):
+    for rank, exit_code in _FAILED_RANK.findall(log.rpartition(_ROOT_CAUSE)[2]):
         if int(exit_code) < 0:
             return Failure(f"rank {rank} was killed by signal {-int(exit_code)} (log: {attempt.log})", repeats=False)
     if errors:
