@@ -53,5 +53,5 @@ def training_pipeline(request: RunRequest) -> PipelineOutcome:
             return journal.close()
 
         deployment = deploy_model(run, decision, variants, test, raw, splits)
-        journal.note(deployment=deployment, samples=ask_samples(run, deployment))
+        journal.note(deployment=deployment, samples=ask_samples(run, deployment, splits))
         return journal.close()

@@ -20,6 +20,8 @@ from ml.storage.connect import open_artifact_store
 from tasks.bundle_folders import bundle_folders
 from tasks.options import stage_task
 
+NUM_SAMPLES = 3
+
 
 @stage_task()
 def deploy_model(
@@ -61,12 +63,13 @@ def deploy_model(
 
 
 @stage_task()
-def ask_samples(run: Run, deployment: Deployment) -> tuple[Sample, ...]:
-    """Ask the served model what a newcomer would ask it."""
+def ask_samples(run: Run, deployment: Deployment, splits: SplitDataset) -> tuple[Sample, ...]:
+    """Ask the served model what a newcomer would ask it: the solution's samples, or some held-out rows of the user's own data."""
     url, spec = load_settings().predictor_url, load_solution(run.config.solution)
     if url is None or deployment.status not in ("deployed", "unchanged"):
         return ()
-    requests = spec.sample_requests
+    is_demo = run.config.data.source.startswith("package:")
+    requests = spec.sample_requests if is_demo else spec.requests(open_artifact_store().get_frame(splits.test).head(NUM_SAMPLES))
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         replies = list(ask(client, deployment.name, requests))
     return tuple(Sample(request=request, reply=reply) for request, reply in zip(requests, replies, strict=True))
