@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +33,6 @@ GRACE_SECONDS = 10.0
 START_SECONDS = 300.0
 NUM_LOG_LINES_SHOWN = 15
 
-# torchrun lists the ranks that it ended itself too; the one that ended first stands under this heading.
-_ROOT_CAUSE = "Root Cause"
 _FAILED_RANK = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
 
 
@@ -184,9 +183,11 @@ def _explain(spec: TrainSpec, attempt: AttemptFolder, return_code: int) -> Failu
         if not error["lost_peer"]:
             return Failure(f"rank {error['rank']} failed: {error['message']} (log: {attempt.log})", repeats=True)
     log = attempt.log.read_text(encoding="utf-8", errors="replace")
-    for rank, exit_code in _FAILED_RANK.findall(log.rpartition(_ROOT_CAUSE)[2]):
-        if int(exit_code) < 0:
-            return Failure(f"rank {rank} was killed by signal {-int(exit_code)} (log: {attempt.log})", repeats=False)
+    killed = [(rank, -int(exit_code)) for rank, exit_code in _FAILED_RANK.findall(log) if int(exit_code) < 0]
+    if killed:
+        # torchrun ends the other ranks by TERM and lists them too, in any order.
+        rank, number = min(killed, key=lambda item: item[1] == signal.SIGTERM)
+        return Failure(f"rank {rank} was killed by signal {number} (log: {attempt.log})", repeats=False)
     if errors:
         return Failure(f"rank {errors[0]['rank']} lost another rank: {errors[0]['message']} (log: {attempt.log})", repeats=False)
     tail = "\n".join(log.splitlines()[-NUM_LOG_LINES_SHOWN:])
