@@ -74,9 +74,8 @@ def test_prefix_in_object_storage_is_read_and_windowed(artifact_store: ArtifactS
         artifact_store.objects.put(bucket, f"reviews/{index}.csv", CSV.replace("film", f"film {index}").encode())
     source = f"s3://{bucket}/reviews"
     assert read(artifact_store, source).num_rows == 6
-    assert set(read(artifact_store, source, window="last_n", window_last_n=1).objects) == {"2.csv"} or (
-        read(artifact_store, source, window="last_n", window_last_n=1).num_rows == 2
-    )
+    latest = read(artifact_store, source, window="last_n", window_last_n=1)
+    assert (set(latest.objects), latest.num_rows) == ({"2.csv"}, 2)
 
 
 def test_quoted_newlines_and_commas_stay_in_the_text(artifact_store: ArtifactStore, tmp_path: Path) -> None:
@@ -116,14 +115,12 @@ def test_given_encoding_is_used(artifact_store: ArtifactStore, tmp_path: Path, e
     assert table(artifact_store, tmp_path / "a.csv", encoding=encoding)["text"].tolist()[0] == text
 
 
-def test_chinese_file_in_gb18030_is_read_right_or_refused(artifact_store: ArtifactStore, tmp_path: Path) -> None:
-    """A wrong guess would train on noise without anybody noticing."""
+def test_detected_encoding_is_recorded(artifact_store: ArtifactStore, tmp_path: Path) -> None:
     lines = "".join(f"第{index}部电影的故事非常感人，演员的表演也很出色,5\n这部片子太无聊了，浪费时间{index},1\n" for index in range(60))
     (tmp_path / "a.csv").write_bytes(f"review,stars\n{lines}".encode("gb18030"))
-    try:
-        assert table(artifact_store, tmp_path / "a.csv")["text"].tolist()[1] == "这部片子太无聊了，浪费时间0"
-    except DataError as error:
-        assert "ENCODING=" in str(error)
+    raw = read(artifact_store, tmp_path / "a.csv")
+    assert artifact_store.get_frame(raw.table)["text"].tolist()[1] == "这部片子太无聊了，浪费时间0"
+    assert raw.encodings == {"a.csv": "gb18030"}
 
 
 @pytest.mark.parametrize(
