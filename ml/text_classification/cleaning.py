@@ -19,7 +19,10 @@ DROPPING_RULES: tuple[str, ...] = ("empty", "exact_duplicate", "conflicting_labe
 
 # Attributes need a value, so that "x <y and z> w" is no tag.
 _TAG = re.compile(r"</?([a-zA-Z][\w:-]{0,30})(?:\s+[\w:@.-]{1,60}\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))*\s*/?>")
-_HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+# Neither may hold the start of another, so that a thousand comments that never end take no quadratic time.
+_HIDDEN = re.compile(
+    r"<!--(?:[^<-]|-(?!->)|<(?!!--))*+-->|<(script|style)\b[^<>]*>(?:[^<]|<(?!/?(?:script|style)\b))*+</\1\s*>", re.IGNORECASE
+)
 # Tags inside a word or before punctuation; any other tag parts words.
 _INLINE = re.compile("a|abbr|b|big|code|del|em|font|i|ins|mark|q|s|small|span|strike|strong|sub|sup|tt|u", re.IGNORECASE)
 # C0 and C1 controls but white space, and invisible format characters: zero-width space, soft hyphen, byte order mark,

@@ -1,5 +1,8 @@
 """Every rule of the shipped contract is broken by exactly one row or table here."""
 
+import re
+from collections.abc import Callable
+
 import pandas as pd
 import pytest
 
@@ -74,29 +77,55 @@ def test_no_row_is_lost(artifact_store: ArtifactStore) -> None:
     assert kept == {row[0] for row in rows}
 
 
-def test_too_few_rows_stop_the_run_in_words(artifact_store: ArtifactStore) -> None:
-    result = validate(dataset(artifact_store, GOOD[:1]), with_labels("good", "bad"), artifact_store)
+def few_rows() -> tuple[list[tuple], int | None]:
+    return GOOD[:5], None
+
+
+def one_class() -> tuple[list[tuple], int | None]:
+    return [row for row in GOOD if row[2] == "good"], None
+
+
+def a_thousand_classes() -> tuple[list[tuple], int | None]:
+    return [(f"id{index}", f"a text number {index}", f"class {index}", f"g{index}") for index in range(1001)], None
+
+
+def large_quarantine() -> tuple[list[tuple], int | None]:
+    return [*GOOD, *[(f"b{index}", None, "good", "gx") for index in range(20)]], None
+
+
+def heavy_cleaning() -> tuple[list[tuple], int | None]:
+    return GOOD, 400
+
+
+TABLE_BREAKERS = [
+    ("rule enough_rows", few_rows, "wants {'min_value': 6}, found 5"),
+    ("rule enough_classes", one_class, "of label wants .*, found 1"),
+    ("rule enough_classes", a_thousand_classes, "found 1001"),
+    ("limit max_quarantined_share", large_quarantine, "20 of 60 rows are in quarantine .33%., at most 20%"),
+    ("limit max_dropped_share", heavy_cleaning, "360 of 400 rows were dropped by cleaning .90%., at most 80%"),
+]
+
+
+@pytest.mark.parametrize(("name", "breaker", "told"), TABLE_BREAKERS)
+def test_table_that_breaks_one_rule_or_limit_stops_the_run_in_words(
+    artifact_store: ArtifactStore, name: str, breaker: Callable[[], tuple[list[tuple], int | None]], told: str
+) -> None:
+    rows, num_rows_in = breaker()
+    result = validate(dataset(artifact_store, rows, num_rows_in), load_contract("sentiment"), artifact_store)
     assert not result.passed
-    assert any("enough_rows" in failure and "found 1" in failure for failure in result.failures)
+    assert [failure.split(":")[0] for failure in result.failures] == [name]
+    assert re.search(told, result.failures[0])
 
 
-def test_one_class_stops_the_run_in_words(artifact_store: ArtifactStore) -> None:
-    rows = [row for row in GOOD if row[2] == "good"]
-    result = validate(dataset(artifact_store, rows), load_contract("sentiment"), artifact_store)
-    assert [failure.split(":")[0] for failure in result.failures] == ["rule enough_classes"]
+def test_every_table_rule_and_limit_of_the_contract_has_a_breaking_table() -> None:
+    contract = parse_contract(load_contract("sentiment"))
+    rules = {f"rule {rule.name}" for rule in contract.table_rules} | {f"limit {name}" for name in type(contract.limits).model_fields}
+    assert rules == {name for name, _, _ in TABLE_BREAKERS}
 
 
-def test_large_quarantine_stops_the_run(artifact_store: ArtifactStore) -> None:
-    rows = [*GOOD, *[(f"b{index}", None, "good", "gx") for index in range(20)]]
-    result = validate(dataset(artifact_store, rows), load_contract("sentiment"), artifact_store)
-    assert not result.passed
-    assert "max_quarantined_share: 20 of 60" in result.failures[0]
-
-
-def test_heavy_cleaning_stops_the_run(artifact_store: ArtifactStore) -> None:
-    result = validate(dataset(artifact_store, GOOD, num_rows_in=400), load_contract("sentiment"), artifact_store)
-    assert not result.passed
-    assert "max_dropped_share: 360 of 400" in result.failures[0]
+def test_share_at_the_limit_is_allowed(artifact_store: ArtifactStore) -> None:
+    rows = [*GOOD, *[(f"b{index}", None, "good", "gx") for index in range(10)]]
+    assert validate(dataset(artifact_store, rows, num_rows_in=250), load_contract("sentiment"), artifact_store).passed
 
 
 def test_unknown_contract_names_the_nearest() -> None:

@@ -1,10 +1,11 @@
 import random
+import time
 
 import pandas as pd
 import pytest
 
 from ml.config import CleanConfig
-from ml.text_classification.cleaning import clean_texts
+from ml.text_classification.cleaning import CHANGING_RULES, DROPPING_RULES, clean_texts
 
 
 def frame(*rows: tuple[str | None, str | None]) -> pd.DataFrame:
@@ -21,7 +22,14 @@ def frame(*rows: tuple[str | None, str | None]) -> pd.DataFrame:
         ("html", "a <b>bold</b> move", "a bold move"),
         ("control_characters", "it\x92s fine\x00", "it’s fine"),
         ("encoding", "a cafÃ© scene", "a café scene"),
+        ("html", "fine <!-- a > b\nnote --> film", "fine film"),
+        ("html", "fine <style type='x'>p > a {}</style> film", "fine film"),
+        ("html", "fine <script>if (a<b) c()</script> film", "fine film"),
+        ("html", "one<p class=x>two", "one two"),
+        ("control_characters", "so\u00adft \u200bzero\ufeff", "soft zero"),
         ("urls", "see https://example.com/a?b=1 now", "see now"),
+        ("urls", "see HTTP://Example.com. Good", "see . Good"),
+        ("urls", "网址www.example.com/a很好看", "网址 很好看"),
         ("whitespace", "  two \n\n lines\t", "two lines"),
         ("label_leaks", "fine film, 8/10 from me", "fine film, from me"),
         ("label_leaks", "I say 4 out of 5 stars", "I say"),
@@ -134,3 +142,68 @@ def test_rows_without_text_or_label_are_left_to_the_contract() -> None:
     kept, dropped, _ = clean_texts(frame((None, "a"), ("fine", None)), CleanConfig())
     assert len(kept) == 2
     assert dropped.empty
+
+
+def test_each_row_counts_once_a_rule_and_untouched_rules_stand_at_zero() -> None:
+    _, _, counts = clean_texts(frame(("a <b>fine</b> <i>film</i>", "a"), ("<b>another</b> one", "b"), ("plain", "b")), CleanConfig())
+    assert {rule: count for rule, count in counts.items() if count} == {"html": 2}
+    assert set(counts) == {*CHANGING_RULES, *DROPPING_RULES}
+
+
+def test_duplicates_are_seen_after_the_texts_are_clean() -> None:
+    _, dropped, _ = clean_texts(frame(("good film", "a"), ("good<br/>film 8/10", "a")), CleanConfig())
+    assert dropped["reason"].tolist() == ["exact_duplicate"]
+
+
+def test_least_length_is_a_setting() -> None:
+    kept, dropped, _ = clean_texts(frame(("four", "a"), ("three", "b")), CleanConfig(min_characters=5))
+    assert (kept["text"].tolist(), dropped["reason"].tolist()) == (["three"], ["empty"])
+
+
+def test_duplicates_that_may_stay_are_of_one_group() -> None:
+    config = CleanConfig(drop_exact_duplicates=False, drop_near_duplicates=False)
+    kept, dropped, _ = clean_texts(frame(("one film", "a"), ("one film", "a"), ("one film", "b"), ("a second", "b")), config)
+    assert dropped.empty
+    groups = kept["group"].tolist()
+    assert groups[0] == groups[1] == groups[2] != groups[3]
+
+
+def test_near_duplicates_that_may_stay_are_told_from_exact_ones() -> None:
+    words = long_text(1)
+    rows = [(" ".join(words), "a"), (" ".join([*words, "so"]), "a"), (" ".join(words), "a")]
+    _, dropped, _ = clean_texts(frame(*rows), CleanConfig(drop_near_duplicates=False))
+    assert dict(zip(dropped["row_id"], dropped["reason"], strict=True)) == {"r2": "exact_duplicate"}
+
+
+@pytest.mark.parametrize(("splits", "kept_row"), [(["train", "test"], "r1"), (["validation", "train"], "r0"), (["train", "train"], "r0")])
+def test_held_out_row_stays_and_its_copy_goes(splits: list[str], kept_row: str) -> None:
+    words = long_text(1)
+    for copy in (words, [*words, "so"]):
+        table = frame((" ".join(words), "a"), (" ".join(copy), "a")).assign(split=pd.Series(splits, dtype="str"))
+        kept, _, _ = clean_texts(table, CleanConfig())
+        assert kept["row_id"].tolist() == [kept_row]
+
+
+def test_rows_of_the_users_group_share_a_group_and_no_other_row_joins_it() -> None:
+    words = long_text(1)
+    rows = [(" ".join(words), "a"), (" ".join(long_text(2)), "b"), (" ".join([*words, "so"]), "b"), (" ".join(long_text(3)), "a")]
+    table = frame(*rows).assign(group=pd.Series(["ann", "ann", "bob", "bob"], dtype="str"))
+    kept, dropped, _ = clean_texts(table, CleanConfig())
+    assert dropped["row_id"].tolist() == ["r2"]
+    groups = dict(zip(kept["row_id"], kept["group"], strict=True))
+    assert groups["r0"] == groups["r1"] != groups["r3"]
+
+
+def test_half_of_a_surrogate_pair_does_not_stop_cleaning() -> None:
+    kept, _, counts = clean_texts(
+        pd.DataFrame({"row_id": ["r0"], "text": ["fine \ud83d film"], "label": ["a"]}, dtype=object), CleanConfig()
+    )
+    assert (kept["text"].tolist(), counts["control_characters"]) == (["fine film"], 1)
+
+
+@pytest.mark.parametrize("piece", ["<!--", "<script>a<b", "<a ", "<a b=1 ", "www.", "http://a.", "&amp;", "Ã©"])
+def test_text_made_to_be_slow_is_not(piece: str) -> None:
+    text = "--></style>" + piece * (60_000 // len(piece)) + "</script>"
+    started = time.process_time()
+    clean_texts(frame((text, "a")), CleanConfig())
+    assert time.process_time() - started < 2
