@@ -32,8 +32,9 @@ def clean_data(run: Run, raw: RawDataset) -> StageResult[CleanDataset]:
     """Apply the cleaning rules; dropped rows are kept aside with the reason."""
     store, config = open_artifact_store(), run.config.clean
     spec = load_solution(run.config.solution)
+    min_rows = run.config.split.min_rows_per_class  # not in the key: too few rows are an error, and errors are not kept
     key = CLEAN.key(raw.table.sha256, config, spec.name)
-    return run_stage(store, CLEAN, key, lambda: clean(raw, spec, config, store))
+    return run_stage(store, CLEAN, key, lambda: clean(raw, spec, config, store, min_rows_per_class=min_rows))
 
 
 @stage_task()

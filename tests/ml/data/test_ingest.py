@@ -103,6 +103,13 @@ def test_row_ids_do_not_change_when_rows_are_appended(artifact_store: ArtifactSt
     assert len(set(after)) == len(after)
 
 
+def test_row_ids_do_not_depend_on_the_order_of_rows(artifact_store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV + "fine film,5\n")
+    (tmp_path / "b.csv").write_text("review,stars\nnew,1\ndull noise,1\nfine film,5\nfine film,5\n")
+    first, second = (set(table(artifact_store, tmp_path / name)["row_id"]) for name in ("a.csv", "b.csv"))
+    assert first < second
+
+
 def test_columns_with_common_names_are_found(artifact_store: ArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,Comment,Rating\n1,fine film,5\n2,dull noise,1\n")
     assert pairs(table(artifact_store, tmp_path / "a.csv", text_column="text", label_column="label")) == EXPECTED
@@ -172,11 +179,12 @@ def test_rows_for_prediction_need_no_label_and_keep_their_columns(artifact_store
     assert found.to_dict("list") == {"id": ["1", "2"], "text": ["fine", "dull"]}
 
 
-def test_settings_of_the_demo_data_do_not_reach_the_users_data() -> None:
-    config = resolve_config(RunRequest(data="/data/My Reviews.csv", text_column="review", label_column="stars"))
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_settings_of_the_demo_data_do_not_reach_the_users_data(profile: str) -> None:
+    config = resolve_config(RunRequest(profile=profile, data="/data/My Reviews.csv", text_column="review", label_column="stars"))
     assert config.name == "my-reviews"
-    assert (config.data.label_names, config.data.where, config.data.positive_label) == ({}, {}, None)
-    assert config.data.text_column == "review"
+    assert config.data == DataConfig(source="/data/My Reviews.csv", text_column="review", label_column="stars")
+    assert (config.contract["name"], config.contract["labels"]) == ("sentiment", "infer")
 
 
 @pytest.mark.parametrize(

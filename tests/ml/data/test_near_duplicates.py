@@ -44,6 +44,12 @@ def test_rows_of_two_classes_stay_in_one_group() -> None:
     assert found.dropped == [False, False]
 
 
+def test_rows_of_three_classes_are_led_by_the_first() -> None:
+    found = find_near_duplicates([text(1), text(1) + " so", text(1) + " so it"], ["a", "b", "c"], 0.9)
+    assert found.leaders == [0, 0, 0]
+    assert found.dropped == [False, False, False]
+
+
 def test_row_that_would_tie_two_groups_is_dropped() -> None:
     # 40 runs of three words, then one or the other ending: the ends differ too much, the middle is close to both.
     start = text(1, 42).split()
