@@ -127,6 +127,10 @@ class TrainedModel(Record):
     warnings: tuple[str, ...] = ()
 
 
+# `Variant.method` of the uncompressed model in the serving runtime: what compressed variants stand beside.
+EXPORT_METHOD = "export"
+
+
 class Variant(Record):
     """One candidate for deployment. A method that failed has no bundle and says why."""
 

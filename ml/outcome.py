@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic.json_schema import GenerateJsonSchema
 
 from ml.artifacts import (
+    EXPORT_METHOD,
     BaselineModel,
     ClauseResult,
     CleanDataset,
@@ -35,7 +36,6 @@ from ml.errors import MillstreamError
 # Names of the rows that every run has; the others are named by the `compression` list of the config.
 BASELINE_NAME = "baseline"
 UNCOMPRESSED_NAME = "pytorch_fp32"
-EXPORT_METHOD = "export"
 
 REJECTED_EXIT_CODE = 3
 

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from ml.artifacts import ClauseResult, Decision, Evaluation, Interval, Timing, Variant
+from ml.artifacts import EXPORT_METHOD, ClauseResult, Decision, Evaluation, Interval, Timing, Variant
 from ml.config import CompressionContract
 from ml.outcome import BASELINE_NAME
 
-EXPORT_METHOD = "export"
 _CLAUSE_WORDS = {
     "max_drop_points": "points lost",
     "max_latency_ratio": "latency ratio",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ml.artifacts import BundleRef, Variant
+from ml.artifacts import EXPORT_METHOD, BundleRef, Variant
 from ml.bundles import Bundle, read_bundle, write_bundle
 from ml.compression.cpu import int8_products_saturate
 from ml.compression.registry import CompressionContext, CompressionMethod, MethodConfig, methods, validate_methods
@@ -42,10 +42,13 @@ def export_uncompressed(spec: SolutionSpec, torch_ref: BundleRef, store: Artifac
     def export(output_dir: Path) -> None:
         exported = spec.export_onnx(torch_bundle, output_dir)
         _check_answers(source, exported, spec, output_dir)
-        provenance = {**exported.provenance, **_provenance("export", {}, EXPORT_LIBRARIES, torch_ref, weights_bytes(exported, output_dir))}
+        provenance = {
+            **exported.provenance,
+            **_provenance(EXPORT_METHOD, {}, EXPORT_LIBRARIES, torch_ref, weights_bytes(exported, output_dir)),
+        }
         write_bundle(output_dir, exported.model_copy(update={"provenance": provenance}))
 
-    return _make_variant(EXPORT_NAME, "export", {}, export, store, work_dir)
+    return _make_variant(EXPORT_NAME, EXPORT_METHOD, {}, export, store, work_dir)
 
 
 def compress(

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ml.deployment import TOLERANCE
 from ml.errors import DeploymentError
 from ml.predictor import load_predictor
 from ml.solution import Scores, SolutionSpec
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TOLERANCE = 1e-5
 
 
 def held_out_replies(folder: Path, spec: SolutionSpec, table: "pd.DataFrame", offline: Scores, num_rows: int) -> list[tuple[dict, dict]]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ml.artifacts import ClauseResult, Interval
-from ml.outcome import EXPORT_METHOD, ModelRow, PipelineOutcome
+from ml.artifacts import EXPORT_METHOD, ClauseResult, Interval
+from ml.outcome import ModelRow, PipelineOutcome
 
 VerdictKind = Literal["chosen", "passes", "fails", "failed", "reference", "unjudged"]
 

@@ -56,11 +56,7 @@ def checkpoint_file(stage_key: str, step: int, file_name: str) -> str:
     return f"checkpoints/{stage_key}/step-{step:08d}/{file_name}"
 
 
-def training_plan(stage_key: str) -> str:
-    return f"checkpoints/{stage_key}/plan.json"
-
-
-def run_file(run_id: str, file_name: Literal["config.json", "manifest.json", "outcome.json", "report.html", "events.jsonl"]) -> str:
+def run_file(run_id: str, file_name: Literal["config.json", "manifest.json", "outcome.json", "report.html"]) -> str:
     return f"runs/{run_id}/{file_name}"
 
 
