@@ -13,9 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ml.errors import ConfigError
+from ml.events import MODEL_NAME_PATTERN, Cause
 from ml.solution import load_solution, solution_folder
-
-MODEL_NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 
 
 class Section(BaseModel):
@@ -120,6 +119,7 @@ class RunConfig(Section):
     profile: str
     seed: int = Field(default=0, ge=0, lt=2**31)
     budget_minutes: float = Field(default=10, gt=0, le=7 * 24 * 60)
+    cause: Cause = Field(default=Cause(), description="what asked for this run")
     contract: dict = Field(description="the data contract, see ml.data.contracts")
     data: DataConfig
     clean: CleanConfig = CleanConfig()
@@ -155,6 +155,7 @@ class RunRequest(BaseModel):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     overrides: dict[str, Any] = Field(default_factory=dict, description='any other setting by its path, e.g. {"train.epochs": 3}')
+    cause: Cause | None = Field(default=None, description="what asked for this run; filled in by the event bridge, leave it empty")
 
     @field_validator("name", "data", "text_column", "label_column", "encoding", "encoder", mode="before")
     @classmethod
@@ -197,6 +198,7 @@ def resolve_config(request: RunRequest) -> RunConfig:
 
     settings["solution"] = request.solution
     settings["profile"] = request.profile
+    settings["cause"] = (request.cause or Cause()).model_dump(mode="json")
     settings["name"] = request.name or (model_name_from(request.data) if request.data else request.solution)
     contract = settings.get("contract", request.solution)
     settings["contract"] = load_contract(contract) if isinstance(contract, str) else contract

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pydantic import Field, model_validator
 
 from ml.artifacts import BundleRef, Record
-from ml.config import MODEL_NAME_PATTERN
 from ml.errors import ConfigError, DeploymentError, ObjectNotFoundError, StorageUnavailableError, WriteConflictError
+from ml.events import MODEL_NAME_PATTERN
 from ml.storage import keys
 from ml.storage.artifacts import ArtifactStore
 

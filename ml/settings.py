@@ -45,6 +45,27 @@ class Settings(BaseSettings):
     threads_per_process: int = Field(default=1, ge=1, description="math threads of a serving process")
     predictor_url: str | None = Field(default=None, description="base URL of the running predictor; filled in by the local stack")
 
+    bridge_url: str | None = Field(default=None, description="base URL of the event bridge; filled in by the local stack")
+    bridge_token: SecretStr | None = Field(default=None, description="secret of the event bridge; made by the local stack")
+    debounce_seconds: float = Field(default=30, ge=0, description="events of one model within this time after a started run are one change")
+    cool_down_seconds: float = Field(default=600, ge=0, description="shortest time between two runs of one model that events asked for")
+    retrain_minutes_per_day: float = Field(default=240, gt=0, description="run time per model and 24 hours that events may use")
+    dataset_poll_seconds: float = Field(default=60, gt=0, description="how often the event bridge lists the datasets bucket itself")
+
+    prediction_log_share: float = Field(default=1.0, ge=0, le=1, description="share of predictions that are logged; 0 switches the log off")
+    prediction_log_rows_per_hour: int = Field(default=10_000, ge=0, description="most predictions logged per model and hour")
+    prediction_log_days: float = Field(default=30, gt=0, description="how long logged predictions and feedback are kept")
+
+    prefect_database_url: SecretStr | None = Field(
+        default=None, description="postgresql+asyncpg://user:password@host:port/database; SQLite in the state folder when not set"
+    )
+    prefect_port: int | None = Field(default=None, ge=1, le=65535, description="port of the Prefect server and UI; a free one by default")
+    predictor_port: int | None = Field(default=None, ge=1, le=65535, description="port of the predictor; a free one by default")
+    bridge_port: int | None = Field(default=None, ge=1, le=65535, description="port of the event bridge; a free one by default")
+    notify_urls: SecretStr | None = Field(
+        default=None, description="where to tell of failed and rejected runs and of drift: Apprise URLs, separated by spaces"
+    )
+
 
 @lru_cache(maxsize=1)
 def load_settings() -> Settings:

@@ -63,7 +63,7 @@ def s3_artifact_store(s3_store: S3Store, bucket_prefix: str) -> Iterator[Artifac
     store = ArtifactStore(s3_store, bucket_prefix)
     store.ensure_buckets()
     with contextlib.ExitStack() as cleaning:
-        for bucket in (store.datasets_bucket, store.runs_bucket, store.registry_bucket):
+        for bucket in store.buckets:
             cleaning.callback(remove_bucket, s3_store, bucket)
         yield store
 

@@ -37,9 +37,14 @@ class ArtifactStore:
         self.datasets_bucket = keys.bucket_name(bucket_prefix, "datasets")
         self.runs_bucket = keys.bucket_name(bucket_prefix, "runs")
         self.registry_bucket = keys.bucket_name(bucket_prefix, "registry")
+        self.monitoring_bucket = keys.bucket_name(bucket_prefix, "monitoring")
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return (self.datasets_bucket, self.runs_bucket, self.registry_bucket, self.monitoring_bucket)
 
     def ensure_buckets(self) -> None:
-        for bucket in (self.datasets_bucket, self.runs_bucket, self.registry_bucket):
+        for bucket in self.buckets:
             self.objects.ensure_bucket(bucket)
 
     def put_bytes(self, data: bytes) -> ArtifactRef:

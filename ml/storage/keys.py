@@ -6,13 +6,17 @@ runs/      artifacts/sha256/<2>/<62>                       every derived byte, o
            checkpoints/<stage_key>/step-<n>/<file>         training state; manifest.json written last
            runs/<run_id>/{config,manifest,outcome}.json    what one run asked for and what came of it
 registry/  registry/<name>/versions/<utc>-<sha8>.json      immutable
-           registry/<name>/aliases.json                    the only mutable object; moved by If-Match
+           registry/<name>/aliases.json                    mutable; moved by If-Match
+monitoring/  predictions/<name>/<day>/<hour>/<id>.jsonl    what the predictor was asked and answered, sampled
+           feedback/<name>/<day>/<id>.jsonl                labels that came later
+           checks/<name>/<utc>/<file>                      one drift check: report and figures
+           checks/<name>/state.json                        mutable; what the last checks found
 """
 
 import re
 from typing import Literal
 
-BucketRole = Literal["datasets", "runs", "registry"]
+BucketRole = Literal["datasets", "runs", "registry", "monitoring"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._=@+-]+")
 _MODEL_VERSION = re.compile(r"registry/(?P<name>[a-z0-9][a-z0-9_-]{0,62})/versions/(?P<version>\d{8}T\d{6}Z-[0-9a-f]{8})\.json")
@@ -80,3 +84,32 @@ def model_aliases(name: str) -> str:
 
 def models_prefix() -> str:
     return "registry/"
+
+
+def dataset_prefix(name: str) -> str:
+    """Where new data of a model lands, in the datasets bucket."""
+    return f"{name}/"
+
+
+def predictions_prefix(name: str) -> str:
+    return f"predictions/{name}/"
+
+
+def prediction_log(name: str, day: str, hour: str, part: str) -> str:
+    return f"predictions/{name}/{day}/{hour}/{part}.jsonl"
+
+
+def feedback_prefix(name: str) -> str:
+    return f"feedback/{name}/"
+
+
+def feedback_log(name: str, day: str, part: str) -> str:
+    return f"feedback/{name}/{day}/{part}.jsonl"
+
+
+def check_file(name: str, utc: str, file_name: str) -> str:
+    return f"checks/{name}/{utc}/{file_name}"
+
+
+def check_state(name: str) -> str:
+    return f"checks/{name}/state.json"
