@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def up() -> None:
-    """Start the object store, the Prefect server and UI, and the predictor, and leave them running."""
+    """Start everything: object store, Prefect server and UI, worker, predictor, event bridge; and keep it running."""
     with reported_errors():
         from cli.stack_commands import start_stack
 
@@ -81,12 +81,15 @@ def status() -> None:
 
 
 @app.command()
-def logs(lines: Annotated[int, typer.Option(min=1, help="last lines of each part")] = 50) -> None:
-    """Show the logs of all parts."""
+def logs(
+    lines: Annotated[int, typer.Option(min=1, help="last lines")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with what comes, until Ctrl-C")] = False,
+) -> None:
+    """Show the log of all parts, in one."""
     with reported_errors():
         from cli.stack_commands import show_logs
 
-        show_logs(lines)
+        show_logs(lines, follow)
 
 
 @app.command()

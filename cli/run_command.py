@@ -1,17 +1,12 @@
 """`millstream run`: the stack for as long as it is needed, the flow, and what it led to on one screen."""
 
-import logging
-import os
-import warnings
-
 import yaml
 
 from ml.config import RunRequest, resolve_config, validate
 from ml.errors import ConfigError
 from ml.settings import load_settings
+from services.flow_process import configure_logging, remembered_flow_run
 from services.local_stack import LocalStack
-
-OUR_LOGGERS = ("ml", "solutions", "flows", "tasks", "services")
 
 
 def run_pipeline(options: dict, overrides: list[str]) -> int:
@@ -35,10 +30,11 @@ def run_pipeline(options: dict, overrides: list[str]) -> int:
         from flows.training_pipeline import training_pipeline
         from ml.report.table import print_outcome
 
-        try:
-            outcome = training_pipeline(request)
-        finally:
-            APILogHandler().flush()  # else the last lines are sent when the server is gone already
+        with remembered_flow_run(stack.state_dir) as remember:
+            try:
+                outcome = training_pipeline.with_options(on_running=[remember])(request)
+            finally:
+                APILogHandler().flush()  # else the last lines are sent when the server is gone already
         print_outcome(outcome)
     if not stack.stays_up:
         print("The stack ran for this run only. `make up` opens the Prefect UI and the predictor on the same state.")
@@ -51,11 +47,3 @@ def parse_override(text: str) -> tuple[str, object]:
     if not separator or not key:
         raise ConfigError(f"--set {text!r}: write it as key=value, e.g. train.epochs=3")
     return key.strip(), yaml.safe_load(value)
-
-
-def configure_logging() -> None:
-    """Our own log lines reach the terminal and the Prefect UI. Must run before Prefect is imported."""
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OUR_LOGGERS))
-    for name in OUR_LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)

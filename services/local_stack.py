@@ -1,8 +1,10 @@
-"""The services that a run needs, on this machine: object store, Prefect server, predictor.
+"""The services of Millstream on this machine.
 
-`make up` starts them and leaves them running. A run starts what is missing and, at its end, stops it again unless
-`make up` wants it or another run still uses it. A part whose address is given by the environment is never started:
-`MILLSTREAM_S3_ENDPOINT`, `PREFECT_API_URL`, `MILLSTREAM_PREDICTOR_URL`.
+`make up` starts all of them and leaves them running: object store, Prefect server, worker, predictor, event bridge, and
+the supervisor that restarts what dies. A run by itself needs three: object store, Prefect server, predictor; it starts what
+is missing and, at its end, stops it again unless `make up` wants it or another run still uses it. A part whose address
+is given by the environment is never started: `MILLSTREAM_S3_ENDPOINT`, `PREFECT_API_URL`, `MILLSTREAM_PREDICTOR_URL`,
+`MILLSTREAM_BRIDGE_URL`.
 
 Everything is known by its state folder. Starting and stopping is done under one lock; every user holds a second lock,
 shared, which the system releases when the user dies in whatever way.
@@ -13,9 +15,11 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,21 +27,45 @@ import psutil
 
 from ml.errors import ServiceError
 from ml.settings import TELEMETRY_OFF, Settings, load_settings
-from services import object_store, prefect_server
+from services import object_store, prefect_server, worker
+from services.event_bridge import launcher as event_bridge
 from services.health import accepts_connections, answers
 from services.predictor import launcher as predictor
 from services.processes import read_process, service_lock
+from services.supervisor import launcher as supervisor
+from services.supervisor.watchdog import end_flow_runs
 
 MIN_FREE_DISK_BYTES = 2 * 10**9
 MIN_FREE_MEMORY_BYTES = 1_500_000_000
 LOCK_NAME = "stack"
 
-PARTS: dict[str, tuple[Callable[[Path], str], Callable[[Path], bool]]] = {
-    object_store.NAME: (lambda state_dir: object_store.object_store_endpoint(state_dir).endpoint, object_store.is_healthy),
-    prefect_server.NAME: (prefect_server.prefect_api_address, prefect_server.is_healthy),
-    predictor.NAME: (predictor.predictor_address, predictor.is_healthy),
+
+@dataclass(frozen=True)
+class Part:
+    """What can be asked of a part that runs here, all by state folder.
+
+    Args:
+        address: None for a part that listens nowhere.
+    """
+
+    address: Callable[[Path], str] | None
+    is_healthy: Callable[[Path], bool]
+    stop: Callable[[Path], None]
+
+
+def _store_address(state_dir: Path) -> str:
+    return object_store.object_store_endpoint(state_dir).endpoint
+
+
+PARTS = {
+    object_store.NAME: Part(_store_address, object_store.is_healthy, object_store.stop_object_store),
+    prefect_server.NAME: Part(prefect_server.prefect_api_address, prefect_server.is_healthy, prefect_server.stop_prefect_server),
+    predictor.NAME: Part(predictor.predictor_address, predictor.is_healthy, predictor.stop_predictor),
+    event_bridge.NAME: Part(event_bridge.event_bridge_address, event_bridge.is_healthy, event_bridge.stop_event_bridge),
+    worker.NAME: Part(None, worker.is_healthy, worker.stop_worker),
+    supervisor.NAME: Part(None, supervisor.is_healthy, supervisor.stop_supervisor),
 }
-"""Process name -> its address and its health, both by state folder."""
+"""Process name -> part, in the order in which they need each other."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,7 @@ class StackAddresses:
     s3_endpoint: str
     prefect_api_url: str
     predictor_url: str
+    bridge_url: str | None
     environment: dict[str, str]
 
     @property
@@ -86,11 +115,21 @@ class LocalStack:
         self._settings = settings or load_settings()
         self._given_prefect_api_url = prefect_api_url or os.environ.get("PREFECT_API_URL") or None
 
+    @property
+    def prefect_api_url(self) -> str:
+        """Where the Prefect server of this stack listens, or will listen."""
+        return self._given_prefect_api_url or prefect_server.prefect_api_address(self.state_dir)
+
+    @property
+    def own_parts(self) -> list[str]:
+        """The parts that run here once the stack is up, by name: all but those that the environment gives."""
+        return [name for name in PARTS if self._given(name) is None]
+
     def up(self) -> StackAddresses:
-        """Start whatever does not run, heal what is ill, and let it run until `down`. Does nothing when all is well.
+        """Start whatever does not run, heal what is ill, and let it run until `down`. May be repeated at any time.
 
         Raises:
-            ServiceError: too little disk or memory, or a part that does not start.
+            ServiceError: too little disk or memory, a taken port, or a part that does not start.
         """
         with _signals_end_the_block(), service_lock(LOCK_NAME, self.state_dir):
             was_running = self._anything_runs()
@@ -98,27 +137,34 @@ class LocalStack:
                 check_room(self.state_dir)
             try:
                 addresses = self._start()
+                addresses = self._start_operation(addresses, register=True)
             except BaseException:
                 if not was_running:
                     self._stop()
                 raise
-            self._stays_up_path.touch()
             return addresses
 
+    def heal(self) -> None:
+        """Start again what died since `up`. Does nothing once `down` was called.
+
+        Raises:
+            ServiceError: a part does not start.
+        """
+        with service_lock(LOCK_NAME, self.state_dir):
+            if self.stays_up:
+                self._start_operation(self._start(), register=False)
+
     def down(self) -> None:
-        """Stop every part that was started here, whoever uses it. Does nothing when there is none."""
-        with service_lock(LOCK_NAME, self.state_dir), _signals_wait():
-            self._stays_up_path.unlink(missing_ok=True)
-            self._stop()
+        """Stop every part that was started here, whoever uses it, flow runs included. Does nothing when there is none."""
+        with _signals_wait():
+            supervisor.stays_up_path(self.state_dir).unlink(missing_ok=True)
+            supervisor.stop_supervisor(self.state_dir)  # before the lock, which it may hold while it heals
+            with service_lock(LOCK_NAME, self.state_dir):
+                self._stop()
 
     def status(self) -> list[PartStatus]:
         """Every part as it is right now."""
-        given = {
-            object_store.NAME: (self._settings.s3_endpoint, accepts_connections),
-            prefect_server.NAME: (self._given_prefect_api_url, lambda url: answers(f"{url}/health")),
-            predictor.NAME: (self._settings.predictor_url, lambda url: answers(f"{url}/healthz")),
-        }
-        return [self._part_status(part, *given[part]) for part in PARTS]
+        return [self._part_status(name) for name in PARTS]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[StackAddresses]:
@@ -137,25 +183,22 @@ class LocalStack:
                 with service_lock(LOCK_NAME, self.state_dir):
                     if not self._anything_runs():
                         # "make up" of an earlier boot, or one that was killed: nothing was up before us.
-                        self._stays_up_path.unlink(missing_ok=True)
+                        supervisor.stays_up_path(self.state_dir).unlink(missing_ok=True)
                     addresses = self._start()
                 with _environment(addresses.environment):
                     yield addresses
             finally:
                 with _signals_wait(), service_lock(LOCK_NAME, self.state_dir):
-                    if user.release() and not self._stays_up_path.exists():
+                    if user.release() and not self.stays_up:
                         self._stop()
 
     @property
     def stays_up(self) -> bool:
         """Whether `up` wants the stack to run on."""
-        return self._stays_up_path.exists()
-
-    @property
-    def _stays_up_path(self) -> Path:
-        return self.state_dir / "stays-up"
+        return supervisor.stays_up_path(self.state_dir).exists()
 
     def _start(self) -> StackAddresses:
+        """What every run needs."""
         # The Prefect server takes longest by far: it starts while the others do.
         prefect_api_url = self._given_prefect_api_url or prefect_server.launch_prefect_server(self.state_dir)
         environment = dict(TELEMETRY_OFF) | self._store_environment()
@@ -165,7 +208,26 @@ class LocalStack:
             prefect_server.wait_for_prefect_server(self.state_dir)
             environment["PREFECT_HOME"] = str(prefect_server.prefect_home(self.state_dir))
         environment |= {"PREFECT_API_URL": prefect_api_url, "MILLSTREAM_PREDICTOR_URL": predictor_url}
-        return StackAddresses(s3_endpoint, prefect_api_url, predictor_url, environment)
+        return StackAddresses(s3_endpoint, prefect_api_url, predictor_url, None, environment)
+
+    def _start_operation(self, addresses: StackAddresses, *, register: bool) -> StackAddresses:
+        """What makes a service of it: deployments, worker, event bridge, supervisor."""
+        environment = addresses.environment | self._bridge_environment()
+        if register:
+            _register(environment)
+        bridge_url = self._settings.bridge_url or event_bridge.start_event_bridge(self.state_dir, environment)
+        worker.start_worker(self.state_dir, environment)
+        supervisor.mark_stays_up(self.state_dir)
+        supervisor.start_supervisor(self.state_dir)
+        return replace(addresses, bridge_url=bridge_url, environment=environment)
+
+    def _bridge_environment(self) -> dict[str, str]:
+        if self._settings.bridge_url is None:
+            url, token = event_bridge.event_bridge_address(self.state_dir), event_bridge.bridge_token(self.state_dir)
+        else:
+            secret = self._settings.bridge_token
+            url, token = self._settings.bridge_url, secret.get_secret_value() if secret else ""
+        return {"MILLSTREAM_BRIDGE_URL": url, "MILLSTREAM_BRIDGE_TOKEN": token}
 
     def _store_environment(self) -> dict[str, str]:
         """The settings of the object store for every process of this stack."""
@@ -194,9 +256,12 @@ class LocalStack:
     def _stop(self) -> None:
         """Stop the parts in the order in which they need each other; one that will not stop does not keep the others alive."""
         errors = []
-        for stop in (predictor.stop_predictor, prefect_server.stop_prefect_server, object_store.stop_object_store):
+        for name in reversed(PARTS):
             try:
-                stop(self.state_dir)
+                PARTS[name].stop(self.state_dir)
+                if name == event_bridge.NAME:
+                    # Nothing starts runs any more, and the server still takes in how they end.
+                    end_flow_runs(self.state_dir, self.prefect_api_url)
             except ServiceError as error:
                 errors.append(str(error))
         if errors:
@@ -205,20 +270,44 @@ class LocalStack:
     def _anything_runs(self) -> bool:
         return any(read_process(part, self.state_dir) is not None for part in PARTS)
 
-    def _part_status(self, part: str, given: str | None, given_is_healthy: Callable[[str], bool]) -> PartStatus:
-        if given is not None:
-            return PartStatus(part, None, given, given_is_healthy(given), since=None, managed=False)
-        process = read_process(part, self.state_dir)
+    def _given(self, name: str) -> str | None:
+        """The address that the environment gives for a part, if it does."""
+        addresses = {
+            object_store.NAME: self._settings.s3_endpoint,
+            prefect_server.NAME: self._given_prefect_api_url,
+            predictor.NAME: self._settings.predictor_url,
+            event_bridge.NAME: self._settings.bridge_url,
+        }
+        return addresses.get(name)
+
+    def _part_status(self, name: str) -> PartStatus:
+        if (given := self._given(name)) is not None:
+            return PartStatus(name, None, given, _given_is_healthy(name, given), since=None, managed=False)
+        process, part = read_process(name, self.state_dir), PARTS[name]
         if process is None:
-            return PartStatus(part, None, None, False, since=None)
-        address, is_healthy = PARTS[part]
+            return PartStatus(name, None, None, False, since=None)
         since = datetime.fromtimestamp(process.started, UTC).isoformat(timespec="seconds")
-        return PartStatus(part, process.pid, address(self.state_dir), is_healthy(self.state_dir), since)
+        address = part.address(self.state_dir) if part.address else None
+        return PartStatus(name, process.pid, address, part.is_healthy(self.state_dir), since)
 
 
 def running_stack(state_dir: Path) -> contextlib.AbstractContextManager[StackAddresses]:
     """Use the local stack of a state folder; see `LocalStack.running`."""
     return LocalStack(state_dir).running()
+
+
+def _register(environment: dict[str, str]) -> None:
+    """In a process of its own: Prefect reads its settings once, and this one may have read others."""
+    command = [sys.executable, "-m", "services.registration"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ServiceError(f"the deployments could not be registered with the Prefect server:\n{done.stderr.strip()[-3000:]}")
+
+
+def _given_is_healthy(name: str, address: str) -> bool:
+    if name == object_store.NAME:
+        return accepts_connections(address)
+    return answers(f"{address}/health" if name == prefect_server.NAME else f"{address}/healthz")
 
 
 class UserLock:

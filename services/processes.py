@@ -13,12 +13,13 @@ import fcntl
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,12 +49,15 @@ class ProcessRecord:
     command: tuple[str, ...]
 
 
-def start_process(name: str, command: Sequence[str], *, state_dir: Path, env: Mapping[str, str] | None = None) -> ProcessRecord:
+def start_process(
+    name: str, command: Sequence[str], *, state_dir: Path, env: Mapping[str, str] | None = None, without: Collection[str] = ()
+) -> ProcessRecord:
     """Start a detached process and remember it.
 
     Args:
         name: at most one process of a name lives in a state folder.
         env: variables on top of those of this process.
+        without: variables of this process that it does not get.
 
     Raises:
         ServiceError: a process of this name is alive, or the command cannot be run.
@@ -73,20 +77,51 @@ def start_process(name: str, command: Sequence[str], *, state_dir: Path, env: Ma
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, **(env or {})},
+                    env={**{key: value for key, value in os.environ.items() if key not in without}, **(env or {})},
                 )
             except OSError as error:
                 raise ServiceError(f"{name} could not be started with {command[0]!r}: {error}") from error
         _children[child.pid] = child
-        record = ProcessRecord(name, child.pid, _start_time(child.pid), tuple(command))
-        write_atomically(_record_path(name, state_dir), json.dumps(asdict(record), indent=1).encode())
-        return record
+        return remember_process(name, child.pid, state_dir, command)
+
+
+def remember_process(name: str, pid: int, state_dir: Path, command: Sequence[str] = ()) -> ProcessRecord:
+    """Write the record of a living process."""
+    record = ProcessRecord(name, pid, _start_time(pid), tuple(command))
+    write_atomically(_record_path(name, state_dir), json.dumps(asdict(record), indent=1).encode())
+    return record
 
 
 def read_process(name: str, state_dir: Path) -> ProcessRecord | None:
     """The record of a process that is alive; None when there is no record, or its process is dead or a zombie."""
     record = _read_record(name, state_dir)
     return record if record and _is_alive(record) else None
+
+
+def remembered_process(name: str, state_dir: Path) -> ProcessRecord | None:
+    """The record of a name, whether its process is alive or not."""
+    return _read_record(name, state_dir)
+
+
+def process_names(state_dir: Path) -> list[str]:
+    """The names of all records."""
+    return sorted(path.stem for path in (state_dir / "processes").glob("*.json"))
+
+
+def signal_process(record: ProcessRecord, number: signal.Signals) -> None:
+    """Send a signal to a remembered process: to its whole group when it leads one. Does nothing when it is gone."""
+    if not _is_alive(record):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(record.pid) == record.pid:
+            os.killpg(record.pid, number)
+        else:
+            os.kill(record.pid, number)
+
+
+def forget_process(name: str, state_dir: Path) -> None:
+    """Delete the record of a process."""
+    _record_path(name, state_dir).unlink(missing_ok=True)
 
 
 def stop_process(name: str, state_dir: Path, grace_seconds: float = 10) -> None:
@@ -104,7 +139,7 @@ def stop_process(name: str, state_dir: Path, grace_seconds: float = 10) -> None:
             _signal_group(record.pid, signal.SIGKILL)
             if not _wait_until_group_is_gone(record.pid, 5):
                 raise ServiceError(f"{name}: process group {record.pid} is still there after KILL; look at `ps -g {record.pid}`")
-    _record_path(name, state_dir).unlink(missing_ok=True)
+    forget_process(name, state_dir)
 
 
 def choose_port(name: str, state_dir: Path, *, companion_offset: int = 0) -> int:
@@ -132,6 +167,30 @@ def choose_port(name: str, state_dir: Path, *, companion_offset: int = 0) -> int
                 write_atomically(path, json.dumps({**ports, **wanted}, indent=1, sort_keys=True).encode())
                 return candidate
     raise ServiceError(f"{name}: no free port on 127.0.0.1 among 200 tried in {PORT_RANGE.start}-{PORT_RANGE.stop - 1}")
+
+
+def reserved_port(name: str, wanted: int | None, state_dir: Path) -> int:
+    """The port that a setting asks for, kept like one of `choose_port`; one of `choose_port` when it asks for none.
+
+    A port that is free but kept for another part is taken from it: that part chooses anew when it starts.
+
+    Raises:
+        ServiceError: the port is taken by anything but the process of this name; with who has it.
+    """
+    if wanted is None:
+        return choose_port(name, state_dir)
+    path = state_dir / "ports.json"
+    with service_lock("ports", state_dir):
+        record = read_process(name, state_dir)
+        if not _is_free(wanted) and not (record and _listens(record, wanted)):
+            raise ServiceError(
+                f"{name} is to listen on 127.0.0.1:{wanted}, which cannot be opened: {_port_holder(wanted)}; "
+                "end it, or give another port (or none, for a free one)"
+            )
+        ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
+        others = {key: port for key, port in ports.items() if port != wanted}
+        write_atomically(path, json.dumps({**others, name: wanted}, indent=1, sort_keys=True).encode())
+    return wanted
 
 
 def kept_ports(name: str, state_dir: Path) -> dict[str, int]:
@@ -294,16 +353,31 @@ def _is_free(port: int) -> bool:
 
 def _is_ours(port: int, state_dir: Path) -> bool:
     """Whether a process that was started from this state folder listens on the port."""
-    for path in (state_dir / "processes").glob("*.json"):
-        record = read_process(path.stem, state_dir)
-        for pid in _group_members(record.pid) if record else ():
-            try:
-                connections = psutil.Process(pid).net_connections(kind="tcp")
-            except psutil.Error:
-                continue
-            if any(item.status == psutil.CONN_LISTEN and item.laddr.port == port for item in connections):
-                return True
+    records = (read_process(path.stem, state_dir) for path in (state_dir / "processes").glob("*.json"))
+    return any(_listens(record, port) for record in records if record)
+
+
+def _listens(record: ProcessRecord, port: int) -> bool:
+    """Whether a process, or one of its group, listens on the port."""
+    for pid in _group_members(record.pid):
+        try:
+            connections = psutil.Process(pid).net_connections(kind="tcp")
+        except psutil.Error:
+            continue
+        if any(item.status == psutil.CONN_LISTEN and item.laddr.port == port for item in connections):
+            return True
     return False
+
+
+def _port_holder(port: int) -> str:
+    """Who listens on a port, in words."""
+    for item in psutil.net_connections(kind="tcp"):
+        if item.status == psutil.CONN_LISTEN and item.laddr and item.laddr.port == port and item.pid is not None:
+            try:
+                return f"process {item.pid} ({shlex.join(psutil.Process(item.pid).cmdline())[:200]}) listens there"
+            except psutil.Error:
+                break  # it ended, or is not ours to see
+    return "it needs more rights, or a process of another user listens there"
 
 
 def _last_lines(path: Path) -> str:

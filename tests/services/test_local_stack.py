@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,19 +13,20 @@ import pytest
 import services.local_stack
 from ml.errors import ServiceError
 from ml.settings import Settings, load_settings
-from services import object_store, prefect_server
+from services import object_store, prefect_server, worker
 from services.local_stack import LocalStack, UserLock, check_room, running_stack
 from services.predictor import launcher as predictor
 from services.processes import read_process
+from services.supervisor import launcher as supervisor
 
 # For the tests that are not about Prefect, whose server takes long to start.
 SOME_PREFECT = "http://127.0.0.1:9/api"
-PARTS = (object_store.NAME, prefect_server.NAME, predictor.NAME)
+PARTS = tuple(services.local_stack.PARTS)
 
 
 @pytest.fixture
 def state_dir(tmp_path, monkeypatch):
-    for name in ("MILLSTREAM_S3_ENDPOINT", "MILLSTREAM_PREDICTOR_URL", "PREFECT_API_URL"):
+    for name in supervisor.GIVEN_BY_THE_STACK:
         monkeypatch.delenv(name, raising=False)
     load_settings.cache_clear()
     yield tmp_path / "state"
@@ -58,11 +60,18 @@ def kill_parts(state_dir: Path) -> None:
     time.sleep(0.5)  # their sockets are closed a moment after they show as dead
 
 
+def wait_until(check: Callable[[], bool], what: str, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.2)
+
+
 def small_stack(state_dir: Path) -> LocalStack:
     return LocalStack(state_dir, prefect_api_url=SOME_PREFECT)
 
 
-def test_up_heals_parts_that_were_killed_and_down_leaves_no_process(state_dir):
+def test_up_keeps_every_part_alive_and_down_leaves_no_process(state_dir):
     stack = LocalStack(state_dir)
     addresses = stack.up()
     first = pids(state_dir)
@@ -70,27 +79,41 @@ def test_up_heals_parts_that_were_killed_and_down_leaves_no_process(state_dir):
     assert [(part.part, part.pid, part.healthy, part.managed) for part in stack.status()] == [
         (name, first[name], True, True) for name in PARTS
     ]
-    assert [part.url for part in stack.status()] == [addresses.s3_endpoint, addresses.prefect_api_url, addresses.predictor_url]
+    urls = [addresses.s3_endpoint, addresses.prefect_api_url, addresses.predictor_url, addresses.bridge_url, None, None]
+    assert [part.url for part in stack.status()] == urls
 
     listeners = {item.laddr for pid in first.values() for item in psutil.Process(pid).net_connections("tcp") if item.status == "LISTEN"}
-    assert len(listeners) > len(PARTS) and {address.ip for address in listeners} == {"127.0.0.1"}
-
+    assert len(listeners) > len(PARTS) - 2 and {address.ip for address in listeners} == {"127.0.0.1"}
     assert stack.up() == addresses
     assert pids(state_dir) == first
 
-    kill_parts(state_dir)
-    assert [part.healthy for part in stack.status()] == [False, False, False]
-    assert stack.up() == addresses
-    assert set(pids(state_dir)) == set(PARTS)
-    assert not set(pids(state_dir).values()) & set(first.values())
-    assert all(part.healthy for part in stack.status())
-
     with running_stack(state_dir) as same:
-        assert same == addresses
-    assert set(pids(state_dir)) == set(PARTS), "a run must not stop what `up` started"
+        assert same.prefect_api_url == addresses.prefect_api_url
+    assert pids(state_dir) == first, "a run must not stop what `up` started"
+
+    for part in PARTS:  # the supervisor last: the bridge starts it again, and it everything else
+        os.kill(first[part], signal.SIGKILL)
+        wait_until(lambda part=part: pids(state_dir).get(part, first[part]) != first[part], f"{part} is started again")
+    wait_until(lambda: all(part.healthy for part in stack.status()), "every part is healthy")
+    log = (state_dir / "logs" / "stack.log").read_text()
+    assert f"{object_store.NAME} died: starting again" in log
+    assert stack.up() == addresses
 
     stack.down()
     assert processes_of(state_dir) == []
+
+
+def test_up_after_all_parts_were_killed_at_once_heals_them(state_dir):
+    given = Settings(bridge_url="http://127.0.0.1:9", predictor_url="http://127.0.0.1:9", s3_endpoint="127.0.0.1:9")
+    stack = LocalStack(state_dir, settings=given)
+    stack.up()
+    first = pids(state_dir)
+    assert set(first) == {prefect_server.NAME, worker.NAME, supervisor.NAME}
+    kill_parts(state_dir)
+    stack.up()
+    assert set(pids(state_dir)) == set(first)
+    assert not set(pids(state_dir).values()) & set(first.values())
+    assert [part.healthy for part in stack.status()] == [False, True, False, False, True, True]
 
 
 def test_a_run_stops_what_it_started_and_gives_its_environment_back(state_dir):
@@ -137,8 +160,8 @@ def test_a_run_after_a_killed_one_adopts_and_then_stops_what_that_left(state_dir
 
 def test_a_mark_of_an_earlier_boot_keeps_nothing_up(state_dir):
     stack = small_stack(state_dir)
-    stack.up()
-    kill_parts(state_dir)
+    state_dir.mkdir()
+    supervisor.stays_up_path(state_dir).touch()
     with stack.running():
         assert pids(state_dir)
     assert pids(state_dir) == {}
@@ -150,14 +173,15 @@ def test_parts_given_by_the_environment_are_not_started(state_dir):
     with stack.running() as addresses:
         assert (addresses.s3_endpoint, addresses.predictor_url) == ("127.0.0.1:9", "http://127.0.0.1:9")
         assert pids(state_dir) == {}
-    assert [(part.managed, part.healthy) for part in stack.status()] == [(False, False)] * 3
+    assert [(part.managed, part.healthy) for part in stack.status()][:3] == [(False, False)] * 3
 
 
 def test_other_settings_replace_the_predictor(state_dir):
-    small_stack(state_dir).up()
-    before = pids(state_dir)
-    LocalStack(state_dir, settings=Settings(threads_per_process=2), prefect_api_url=SOME_PREFECT).up()
-    after = pids(state_dir)
+    other = LocalStack(state_dir, settings=Settings(threads_per_process=2), prefect_api_url=SOME_PREFECT)
+    with small_stack(state_dir).running():
+        before = pids(state_dir)
+        with other.running():
+            after = pids(state_dir)
     assert after[object_store.NAME] == before[object_store.NAME]
     assert after[predictor.NAME] != before[predictor.NAME]
 
