@@ -15,6 +15,7 @@
     ├── BundleError              a bundle is damaged, or of a version this code cannot read
     ├── DeploymentError          a version did not answer as it should
     └── ServiceError             a local service did not start or died
+        └── BridgeUnavailableError   the event bridge did not answer (ml.event_client)    retryable
 
 A message says what happened, where, the value found, and what to do. `retryable` decides whether a
 task is tried again; `exit_code` is what the command line returns.

@@ -8,7 +8,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 MODEL_NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 
@@ -26,7 +26,8 @@ def new_event_id() -> str:
 class Event(BaseModel):
     """One thing that happened to one model.
 
-    Its `id` is the sender's: the same event sent again has the same one, and counts once.
+    Its `id` is the sender's: the same event sent again has the same one, and counts once. A sender that may send twice
+    gives an id of its own; the default is another one each time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +35,7 @@ class Event(BaseModel):
     id: str = Field(default_factory=new_event_id, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
     kind: EventKind
     name: ModelName = Field(description="the model that it concerns")
-    occurred: datetime = Field(default_factory=lambda: datetime.now(UTC), description="when it happened, with a time zone")
+    occurred: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC), description="when it happened, with a time zone")
     source: str = Field(default="", max_length=200, description="who says so: object store, poll, drift check, a user")
     summary: str = Field(default="", max_length=500, description="what happened, in words")
     objects: tuple[str, ...] = Field(default=(), max_length=1000, description="data.arrived: s3:// addresses of the new objects")

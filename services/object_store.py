@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ml.errors import ServiceError, StorageError
+from ml.settings import load_settings
+from ml.storage.keys import bucket_name
 from ml.storage.s3 import S3Store
+from services.event_bridge.launcher import bridge_token, event_bridge_address
 from services.processes import (
     choose_port,
     kept_ports,
@@ -177,6 +180,11 @@ def _start(binary: Path, state_dir: Path) -> ObjectStoreEndpoint:
         "WEED_JWT_FILER_SIGNING_READ_KEY": credentials["filer_read_key"],
         "WEED_JWT_SIGNING_KEY": credentials["volume_write_key"],
         "WEED_JWT_SIGNING_READ_KEY": credentials["volume_read_key"],
+        # Each object that lands in the datasets bucket is told to the event bridge, as soon as there is one.
+        "WEED_NOTIFICATION_WEBHOOK_ENABLED": "true",
+        "WEED_NOTIFICATION_WEBHOOK_ENDPOINT": f"{event_bridge_address(state_dir)}/v1/store-events",
+        "WEED_NOTIFICATION_WEBHOOK_BEARER_TOKEN": bridge_token(state_dir),
+        "WEED_NOTIFICATION_WEBHOOK_PATH_PREFIXES": f"/buckets/{bucket_name(load_settings().bucket_prefix, 'datasets')}/",
         # No settings of another SeaweedFS in the home folder.
         "HOME": str(data.parent),
     }
