@@ -10,7 +10,7 @@ run_options = $(if $(SOLUTION),--solution "$(SOLUTION)") $(if $(NAME),--name "$(
 	$(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)") $(if $(LABEL),--label "$(LABEL)") $(if $(ENCODING),--encoding "$(ENCODING)") \
 	$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BUDGET_MINUTES),--budget-minutes "$(BUDGET_MINUTES)") $(foreach pair,$(SET),--set "$(pair)")
 
-.PHONY: help run up down status logs predict lineage rollback test test-slow test-soak check format lock clean
+.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -18,10 +18,10 @@ help: ## list the targets
 run: $(VENV)/.run ## raw data to a served model; DATA= TEXT= LABEL= NAME= PROFILE= ENCODER= ENCODING= BUDGET_MINUTES= SET="key=value ..."
 	@$(BIN)/millstream run $(run_options)
 
-up: $(VENV)/.run ## start the object store, the Prefect UI and the predictor, and leave them running
+up: $(VENV)/.run ## start everything and keep it alive: object store, Prefect server, worker, predictor, event bridge
 	@$(BIN)/millstream up
 
-down: $(VENV)/.run ## stop what `make up` started
+down: $(VENV)/.run ## stop everything that `make up` started
 	@$(BIN)/millstream down
 
 status: $(VENV)/.run ## what runs, where, and whether it is healthy
@@ -38,6 +38,15 @@ lineage: $(VENV)/.run ## which data and which run made the served model: [NAME=]
 
 rollback: $(VENV)/.run ## serve the previous champion again: [NAME=]
 	@$(BIN)/millstream rollback $(or $(NAME),sentiment)
+
+retrain: $(VENV)/.run ## ask for a training run of a model: [NAME=] [WHY=]
+	@$(BIN)/millstream retrain $(or $(NAME),sentiment) $(if $(WHY),--why "$(WHY)")
+
+events: $(VENV)/.run ## what happened lately, and what became of it: [NAME=]
+	@$(BIN)/millstream events $(NAME)
+
+clean-up: $(VENV)/.run ## what may be deleted; DELETE=1 deletes it
+	@$(BIN)/millstream clean-up $(if $(DELETE),--delete)
 
 test: $(VENV)/.dev ## the quick tests
 	$(BIN)/python -m pytest

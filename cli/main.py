@@ -129,6 +129,56 @@ def rollback(
 
 
 @app.command()
+def retrain(
+    name: Annotated[str, typer.Argument(help="model name")] = "sentiment",
+    why: Annotated[str, typer.Option(help="reason, kept with the run")] = "asked for by hand",
+) -> None:
+    """Ask the event bridge for a training run of a model."""
+    with reported_errors():
+        from cli.event_commands import ask_for_run
+
+        ask_for_run(name, why)
+
+
+@app.command()
+def events(
+    name: Annotated[str | None, typer.Argument(help="model name; all when left out")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many")] = 20,
+) -> None:
+    """Show the latest events and what became of each."""
+    with reported_errors():
+        from cli.event_commands import show_events
+
+        show_events(name, limit)
+
+
+@app.command("clean-up")
+def clean_up(
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without it, only tell what would go")] = False,
+    delete_versions: Annotated[bool, typer.Option(help="also old model versions under no alias")] = False,
+    keep_runs: Annotated[int, typer.Option(help="last runs kept of each model")] = 20,
+    keep_run_days: Annotated[float, typer.Option(help="younger runs are kept as well")] = 30,
+    grace_hours: Annotated[float, typer.Option(help="what is younger stays")] = 72,
+    wait_minutes: Annotated[float, typer.Option(help="how long to wait for runs that are going on")] = 0,
+) -> None:
+    """Delete what nobody needs any more; by default only tell what would go."""
+    with reported_errors():
+        from cli.clean_up_command import clean_up as run_clean_up
+        from ml.config import validate
+        from ml.retention import CleanUpRequest
+
+        values = {
+            "dry_run": not delete,
+            "delete_versions": delete_versions,
+            "keep_runs": keep_runs,
+            "keep_run_days": keep_run_days,
+            "grace_hours": grace_hours,
+            "wait_minutes": wait_minutes,
+        }
+        run_clean_up(validate(CleanUpRequest, values, ""))
+
+
+@app.command()
 def clean(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
     """Stop everything and remove the local state: stored data, models, runs, logs."""
     with reported_errors():

@@ -1,5 +1,7 @@
 """`millstream run`: the stack for as long as it is needed, the flow, and what it led to on one screen."""
 
+from typing import cast
+
 import yaml
 
 from ml.config import RunRequest, resolve_config, validate
@@ -25,6 +27,7 @@ def run_pipeline(options: dict, overrides: list[str]) -> int:
     print("millstream: starting the object store, the Prefect server and the predictor (up to a minute the first time)", flush=True)
     with stack.running() as addresses:
         print(f"millstream: Prefect UI at {addresses.prefect_ui_url}", flush=True)
+        from prefect import Flow
         from prefect.logging.handlers import APILogHandler
 
         from flows.training_pipeline import training_pipeline
@@ -32,7 +35,7 @@ def run_pipeline(options: dict, overrides: list[str]) -> int:
 
         with remembered_flow_run(stack.state_dir) as remember:
             try:
-                outcome = training_pipeline.with_options(on_running=[remember])(request)
+                outcome = cast(Flow, training_pipeline).with_options(on_running=[remember])(request)
             finally:
                 APILogHandler().flush()  # else the last lines are sent when the server is gone already
         print_outcome(outcome)

@@ -1,5 +1,6 @@
 """Keeps what a run has produced so far, so that every run ends with an outcome and a report, also one that fails."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from types import TracebackType
@@ -7,8 +8,12 @@ from typing import Any, TypeVar
 
 from ml.artifacts import Record
 from ml.config import RunRequest
+from ml.errors import WriteConflictError
+from ml.leases import run_lease
+from ml.notifications import notify, notify_of_run
 from ml.outcome import PipelineOutcome, RunRecords, StageTiming
 from ml.runs import Run, start_run
+from ml.settings import load_settings
 from ml.stages import StageResult
 from ml.storage.connect import open_artifact_store
 from tasks.options import failed_stage
@@ -27,20 +32,34 @@ class Journal:
     def __init__(self, request: RunRequest):
         self.request = request
         self.records = RunRecords()
+        self._until_the_end = contextlib.ExitStack()
 
     def __enter__(self) -> "Journal":
-        self.run = start_run(open_artifact_store(), self.request)
+        store = open_artifact_store()
+        self.run = start_run(store, self.request)
+        # Nothing that the run finds in the store is deleted while it holds its lease.
+        self._lease = self._until_the_end.enter_context(run_lease(store, self.run.run_id))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None:
-            return
-        self.note(current_stage=failed_stage(error))
+        with self._until_the_end:
+            if error is not None:
+                self._close_with(error)
+
+    def _close_with(self, error: BaseException) -> None:
+        stage = failed_stage(error)
         try:
-            publish_outcome(self.run, self.records, error)
+            try:
+                self._lease.check()
+                self.records = self.records.model_copy(update={"current_stage": stage})
+            except WriteConflictError:
+                # What the records name may be deleted by now: no manifest shall name it.
+                self.records = RunRecords(current_stage=stage)
+            notify_of_run(publish_outcome(self.run, self.records, error), load_settings())
         except Exception:
             # The store may be what failed: the first error is the one that people must see.
             logger.exception("the outcome of run %s could not be written", self.run.run_id)
+            notify(f"{self.run.config.name}: failed", f"{error}\nRun {self.run.run_id}; its outcome could not be written", load_settings())
 
     def keep(self, field: str | None, result: StageResult[R]) -> R:
         """Note a finished stage, under a field of RunRecords if one is given, and return its record."""
@@ -57,8 +76,12 @@ class Journal:
         return found
 
     def note(self, **fields: Any) -> None:
+        self._lease.check()
         self.records = self.records.model_copy(update=fields)
 
     def close(self) -> PipelineOutcome:
-        """The run has come to its end: write outcome and report."""
-        return publish_outcome(self.run, self.records, None)
+        """The run has come to its end: write outcome and report, and tell people when it did not end well."""
+        self._lease.check()
+        outcome = publish_outcome(self.run, self.records, None)
+        notify_of_run(outcome, load_settings())
+        return outcome

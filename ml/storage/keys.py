@@ -5,6 +5,7 @@ runs/      artifacts/sha256/<2>/<62>                       every derived byte, o
            stages/<stage>/<stage_key>.json                 a finished stage, written last
            checkpoints/<stage_key>/step-<n>/<file>         training state; manifest.json written last
            runs/<run_id>/{config,manifest,outcome}.json    what one run asked for and what came of it
+           leases/<run_id>.json                            mutable; who uses the bucket right now
 registry/  registry/<name>/versions/<utc>-<sha8>.json      immutable
            registry/<name>/aliases.json                    mutable; moved by If-Match
 monitoring/  predictions/<name>/<day>/<hour>/<id>.jsonl    what the predictor was asked and answered, sampled
@@ -113,3 +114,46 @@ def check_file(name: str, utc: str, file_name: str) -> str:
 
 def check_state(name: str) -> str:
     return f"checks/{name}/state.json"
+
+
+CLEAN_UP = "clean-up"
+"""The holder of the one lease that is not a run's."""
+
+
+def lease(holder: str) -> str:
+    """Who uses the runs bucket right now: the id of a run, or `CLEAN_UP`."""
+    return f"leases/{holder}.json"
+
+
+def leases_prefix() -> str:
+    return "leases/"
+
+
+_RUNS_KEY = re.compile(
+    r"artifacts/sha256/(?P<artifact>[0-9a-f]{2}/[0-9a-f]{62})"
+    r"|stages/[^/]+/(?P<stage_record>[^/]+)\.json"
+    r"|checkpoints/(?P<checkpoint>[^/]+)/.+"
+    r"|runs/(?P<run>[^/]+)/[^/]+"
+    r"|leases/(?P<lease>[^/]+)\.json"
+)
+
+RunsKind = Literal["artifact", "stage record", "checkpoint", "run", "lease"]
+
+
+def parse_runs_key(key: str) -> tuple[RunsKind, str] | None:
+    """What a key of the runs bucket is, and whose: a digest, stage key, run id or holder; None for a key not built here."""
+    found = _RUNS_KEY.fullmatch(key)
+    if found is None or found.lastgroup is None:
+        return None
+    owner = found[found.lastgroup]
+    return found.lastgroup.replace("_", " "), owner.replace("/", "")  # type: ignore[return-value]
+
+
+MonitoringKind = Literal["prediction log", "feedback", "drift check"]
+_MONITORING_KINDS: dict[str, MonitoringKind] = {"predictions": "prediction log", "feedback": "feedback", "checks": "drift check"}
+
+
+def parse_monitoring_key(key: str) -> MonitoringKind | None:
+    """What a key of the monitoring bucket is; None for the state of drift checks and for a key not built here."""
+    first, _, rest = key.partition("/")
+    return None if rest.endswith("/state.json") else _MONITORING_KINDS.get(first)

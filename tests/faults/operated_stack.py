@@ -28,7 +28,7 @@ class OperatedStack(Workspace):
 
     @property
     def environment(self) -> dict[str, str]:
-        quick = {"MILLSTREAM_COOL_DOWN_SECONDS": "0", "MILLSTREAM_DEBOUNCE_SECONDS": "1", "MILLSTREAM_DATASET_POLL_SECONDS": "5"}
+        quick = {"MILLSTREAM_COOL_DOWN_SECONDS": "0", "MILLSTREAM_DEBOUNCE_SECONDS": "0", "MILLSTREAM_DATASET_POLL_SECONDS": "5"}
         return {**super().environment, **quick}
 
     @property
