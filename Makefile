@@ -10,7 +10,7 @@ run_options = $(if $(SOLUTION),--solution "$(SOLUTION)") $(if $(NAME),--name "$(
 	$(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)") $(if $(LABEL),--label "$(LABEL)") $(if $(ENCODING),--encoding "$(ENCODING)") \
 	$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BUDGET_MINUTES),--budget-minutes "$(BUDGET_MINUTES)") $(foreach pair,$(SET),--set "$(pair)")
 
-.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak check format lock clean
+.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak test-postgres check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ test-slow: $(VENV)/.dev ## the slow tests and the browser tests
 
 test-soak: $(VENV)/.dev ## loops of injected faults
 	$(BIN)/python -m pytest -m soak --timeout=7200
+
+test-postgres: $(VENV)/.dev ## the tests on a real PostgreSQL
+	$(BIN)/python -m pytest -m postgres -rs
 
 check: $(VENV)/.dev ## ruff, types, import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright && $(BIN)/lint-imports

@@ -200,7 +200,7 @@ class LocalStack:
     def _start(self) -> StackAddresses:
         """What every run needs."""
         # The Prefect server takes longest by far: it starts while the others do.
-        prefect_api_url = self._given_prefect_api_url or prefect_server.launch_prefect_server(self.state_dir)
+        prefect_api_url = self._given_prefect_api_url or prefect_server.launch_prefect_server(self.state_dir, self._settings)
         environment = dict(TELEMETRY_OFF) | self._store_environment()
         s3_endpoint = environment["MILLSTREAM_S3_ENDPOINT"]
         predictor_url = self._settings.predictor_url or predictor.start_predictor(self.state_dir, environment)
@@ -307,7 +307,7 @@ def _register(environment: dict[str, str]) -> None:
 def _given_is_healthy(name: str, address: str) -> bool:
     if name == object_store.NAME:
         return accepts_connections(address)
-    return answers(f"{address}/health" if name == prefect_server.NAME else f"{address}/healthz")
+    return answers(f"{address}/ready" if name == prefect_server.NAME else f"{address}/healthz")
 
 
 class UserLock:

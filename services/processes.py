@@ -32,6 +32,8 @@ PORT_RANGE = range(20_000, 32_000)
 LOG_LIMIT_BYTES = 20 * 2**20
 NUM_LOG_LINES_SHOWN = 20
 POLL_SECONDS = 0.1
+# The socket of a killed process is closed a moment after the process shows as dead.
+PORT_RELEASE_SECONDS = 2.0
 # psutil derives the start time from the boot time, which moves by up to a second when the clock is adjusted.
 START_TIME_TOLERANCE_SECONDS = 2.0
 
@@ -182,11 +184,14 @@ def reserved_port(name: str, wanted: int | None, state_dir: Path) -> int:
     path = state_dir / "ports.json"
     with service_lock("ports", state_dir):
         record = read_process(name, state_dir)
-        if not _is_free(wanted) and not (record and _listens(record, wanted)):
-            raise ServiceError(
-                f"{name} is to listen on 127.0.0.1:{wanted}, which cannot be opened: {_port_holder(wanted)}; "
-                "end it, or give another port (or none, for a free one)"
-            )
+        deadline = time.monotonic() + PORT_RELEASE_SECONDS
+        while not _is_free(wanted) and not (record and _listens(record, wanted)):
+            if time.monotonic() > deadline:
+                raise ServiceError(
+                    f"{name} is to listen on 127.0.0.1:{wanted}, which cannot be opened: {_port_holder(wanted)}; "
+                    "end it, or give another port (or none, for a free one)"
+                )
+            time.sleep(POLL_SECONDS)
         ports: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
         others = {key: port for key, port in ports.items() if port != wanted}
         write_atomically(path, json.dumps({**others, name: wanted}, indent=1, sort_keys=True).encode())

@@ -14,6 +14,7 @@ import httpx
 from services.health import runs_well
 from services.prefect_server import prefect_api_address
 from services.processes import start_process, stop_process, wait_until_healthy
+from services.web_service import PREFECT_SERVER_ONLY
 
 NAME = "worker"
 WORK_POOL = "millstream"
@@ -42,7 +43,7 @@ def start_worker(state_dir: Path, environment: Mapping[str, str]) -> None:
     if runs_well(NAME, command, lambda: is_healthy(state_dir), state_dir=state_dir):
         return
     stop_worker(state_dir)
-    start_process(NAME, command, state_dir=state_dir, env={**environment, **ENVIRONMENT, "PATH": path})
+    start_process(NAME, command, state_dir=state_dir, env={**environment, **ENVIRONMENT, "PATH": path}, without=PREFECT_SERVER_ONLY)
     wait_until_healthy(NAME, lambda: is_healthy(state_dir), state_dir=state_dir, timeout_seconds=START_TIMEOUT_SECONDS)
 
 
