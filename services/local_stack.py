@@ -236,6 +236,8 @@ class LocalStack:
             "MILLSTREAM_BUCKET_PREFIX": self._settings.bucket_prefix,
             "MILLSTREAM_THREADS_PER_PROCESS": str(self._settings.threads_per_process),
             "MILLSTREAM_S3_REGION": self._settings.s3_region,
+            "MILLSTREAM_PREDICTION_LOG_SHARE": str(self._settings.prediction_log_share),
+            "MILLSTREAM_PREDICTION_LOG_ROWS_PER_HOUR": str(self._settings.prediction_log_rows_per_hour),
         }
         if self._settings.s3_endpoint is None:
             endpoint = object_store.start_object_store(self.state_dir)

@@ -16,9 +16,9 @@ from services.event_bridge.app import create_app
 from services.event_bridge.decision import Limits
 from services.event_bridge.dispatcher import Dispatcher, Pace
 from services.event_bridge.event_queue import EventQueue
-from services.event_bridge.log import configure_logging, log_event
 from services.event_bridge.metrics import BridgeMetrics
 from services.event_bridge.prefect_api import PrefectApi
+from services.event_log import configure_logging, log_event
 from services.supervisor.launcher import keep_supervisor_alive
 
 QUEUE_FOLDER = "event-bridge"

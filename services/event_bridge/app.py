@@ -17,10 +17,10 @@ from ml.events import Event
 from services.event_bridge.authentication import NotAuthenticated, check_bearer, check_bearer_or_signature
 from services.event_bridge.dispatcher import Dispatcher
 from services.event_bridge.event_queue import EventQueue
-from services.event_bridge.log import log_event
 from services.event_bridge.metrics import BridgeMetrics
 from services.event_bridge.parsing import MAX_EVENT_BYTES, MAX_STORE_EVENT_BYTES, EventRefused, parse_event, parse_json, read_body
 from services.event_bridge.store_events import model_of, read_notification, to_event
+from services.event_log import log_event
 
 RETRY_AFTER_SECONDS = 5
 

@@ -30,9 +30,9 @@ from services.event_bridge.decision import (
 )
 from services.event_bridge.event_queue import EventQueue, RetrainRequest
 from services.event_bridge.following import Following
-from services.event_bridge.log import log_event
 from services.event_bridge.metrics import BridgeMetrics
 from services.event_bridge.prefect_api import Deployment, PrefectApi, PrefectUnavailableError
+from services.event_log import log_event
 
 MAX_EVENT_IDS = 100
 CLEAN_SECONDS = 3600.0

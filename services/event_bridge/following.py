@@ -7,9 +7,9 @@ from typing import Any
 
 from ml.errors import ServiceError
 from services.event_bridge.event_queue import EventQueue, RetrainRequest
-from services.event_bridge.log import log_event
 from services.event_bridge.metrics import BridgeMetrics
 from services.event_bridge.prefect_api import NOT_STARTED_STATES, Deployment, FlowRun, PrefectApi, PrefectUnavailableError
+from services.event_log import log_event
 
 FIRST_UNSEEN_SECONDS = 15.0
 LONGEST_UNSEEN_SECONDS = 60.0

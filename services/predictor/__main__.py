@@ -11,10 +11,11 @@ import uvicorn
 from ml.errors import MillstreamError
 from ml.settings import load_settings
 from ml.storage.connect import open_artifact_store
+from services.event_log import configure_logging, log_event
 from services.predictor.app import create_app
-from services.predictor.events import configure_logging, log_event
 from services.predictor.inference import InferencePool, num_inference_threads
 from services.predictor.models import Models
+from services.predictor.prediction_log import PredictionLog
 
 GRACE_SECONDS = 8  # below the ten seconds after which a process that was asked to end is killed
 
@@ -35,10 +36,11 @@ def main() -> None:
         sys.exit(f"the predictor was not started: {error}")
     models = Models(store, settings.state_dir / "models", num_threads=settings.threads_per_process)
     pool = InferencePool(num_inference_threads(settings.threads_per_process))
+    prediction_log = PredictionLog(store, share=settings.prediction_log_share, rows_per_hour=settings.prediction_log_rows_per_hour)
     log_event("starting", host=arguments.host, port=arguments.port, pid=os.getpid())
     # Server errors still reach the log; each request has its own line already.
     uvicorn.run(
-        create_app(models, pool),
+        create_app(models, pool, prediction_log),
         host=arguments.host,
         port=arguments.port,
         log_level="warning",

@@ -1,5 +1,6 @@
 """The routes of the predictor."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -8,22 +9,32 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from services.event_log import log_event
 from services.predictor.checking import RequestRefused, parse_items, read_body
-from services.predictor.events import log_event
+from services.predictor.feedback import check_feedback, feedback_schema, store_feedback
 from services.predictor.inference import InferencePool
 from services.predictor.models import LiveModel, Models, Snapshot
-from services.predictor.openapi import PREDICT_ROUTE, build_openapi
+from services.predictor.openapi import FEEDBACK_ROUTE, PREDICT_ROUTE, build_openapi
+from services.predictor.prediction_log import PredictionLog, new_prediction_id
+
+NO_LOG_HEADER = "x-millstream-log"
+"""With the value "no", a caller keeps its request out of the prediction log: tests and probes are no real traffic."""
 
 
-def create_app(models: Models, pool: InferencePool) -> FastAPI:
+def create_app(models: Models, pool: InferencePool, prediction_log: PredictionLog) -> FastAPI:
     """The application; `models` is followed while it runs."""
+    # Apart from inference, which a store that hangs must not stop.
+    feedback_pool = InferencePool(num_threads=2)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         models.start()
+        prediction_log.start()
         yield
         models.stop()
         pool.close()
+        await asyncio.to_thread(prediction_log.stop)
+        feedback_pool.close()
         log_event("stopped")
 
     # The interactive pages of FastAPI load their scripts from a CDN; this service sends no browser elsewhere.
@@ -65,7 +76,7 @@ def create_app(models: Models, pool: InferencePool) -> FastAPI:
         if name not in snapshot.live and name not in snapshot.champions:
             raise _unknown(name, snapshot)
         live = snapshot.live.get(name)
-        details = {"solution": None, "options": None, "input_schema": None, "output_schema": None}
+        details = {"solution": None, "options": None, "input_schema": None, "output_schema": None, "feedback_schema": None}
         if live is not None:
             bundle = live.bundle
             details = {
@@ -73,8 +84,9 @@ def create_app(models: Models, pool: InferencePool) -> FastAPI:
                 "options": bundle.options,
                 "input_schema": bundle.input_schema,
                 "output_schema": bundle.output_schema,
+                "feedback_schema": feedback_schema(live),
             }
-        return {**_summary(name, snapshot), **details}
+        return {**_summary(name, snapshot), **details, "prediction_log": prediction_log.describe()}
 
     @app.post(PREDICT_ROUTE)
     async def predict(name: str, request: Request) -> JSONResponse:
@@ -84,11 +96,15 @@ def create_app(models: Models, pool: InferencePool) -> FastAPI:
         try:
             if model is None:
                 raise _unknown(name, models.snapshot)
-            items = parse_items(await read_body(request))
+            body = await read_body(request)
+            items = parse_items(body)
             num_items = len(items)
             replies = await pool.run(lambda: _answer(model, items))
-            response = JSONResponse({"name": name, "version": model.version, "replies": replies})
+            prediction_id = new_prediction_id()
+            response = JSONResponse({"name": name, "version": model.version, "id": prediction_id, "replies": replies})
             status = 200
+            if request.headers.get(NO_LOG_HEADER) != "no":
+                prediction_log.offer(prediction_id, name, model.version, items, replies, len(body) + len(response.body))
             return response
         except RequestRefused as refused:
             status = refused.status
@@ -102,6 +118,24 @@ def create_app(models: Models, pool: InferencePool) -> FastAPI:
             milliseconds = round((time.perf_counter() - started) * 1000, 2)
             version = model.version if model else None
             log_event("predict", name=name, version=version, items=num_items, status=status, milliseconds=milliseconds)
+
+    @app.post(FEEDBACK_ROUTE)
+    async def give_feedback(name: str, request: Request) -> JSONResponse:
+        model = models.snapshot.live.get(name)
+        if model is None:
+            raise _unknown(name, models.snapshot)
+        items = parse_items(await read_body(request))
+        check_feedback(model, items)
+        status = 500
+        try:
+            await feedback_pool.run(lambda: store_feedback(prediction_log.store, name, items))
+            status = 202
+        except RequestRefused as refused:
+            status = refused.status
+            raise
+        finally:
+            log_event("feedback", name=name, items=len(items), status=status)
+        return JSONResponse({"name": name, "stored": len(items)}, status_code=202)
 
     return app
 

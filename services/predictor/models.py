@@ -21,8 +21,8 @@ from ml.predictor import Predictor, load_predictor
 from ml.registry import Registry
 from ml.solution import load_solution
 from ml.storage.artifacts import ArtifactStore
+from services.event_log import log_event
 from services.predictor.checking import ItemChecker
-from services.predictor.events import log_event
 
 POLL_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0

@@ -15,6 +15,7 @@ from ml.storage.artifacts import ArtifactStore
 from services.predictor.app import create_app
 from services.predictor.inference import InferencePool
 from services.predictor.models import Models
+from services.predictor.prediction_log import PredictionLog
 from tests.tiny_bundles import build_tiny_bundle, tiny_version
 
 T = TypeVar("T")
@@ -33,14 +34,16 @@ def wait_until(condition: Callable[[], T], timeout_seconds: float = 20) -> T:
 class Served:
     """A running predictor and the registry that it follows."""
 
-    def __init__(self, store: ArtifactStore, folder: Path):
+    def __init__(self, store: ArtifactStore, folder: Path, *, log_share: float = 1.0, rows_per_hour: int = 10_000):
         self.store = store
+        self.prediction_log = PredictionLog(store, share=log_share, rows_per_hour=rows_per_hour, flush_seconds=0.05)
         self.registry = Registry(store)
         self.folder = folder / "models"
         self.models = Models(store, self.folder, poll_seconds=0.05)
         self._bundles = folder / "bundles"
         self._num_versions = 0
-        self._server = uvicorn.Server(uvicorn.Config(create_app(self.models, InferencePool(2)), port=0, log_level="warning"))
+        app = create_app(self.models, InferencePool(2), self.prediction_log)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> "Served":

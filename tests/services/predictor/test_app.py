@@ -165,7 +165,7 @@ def test_a_replaced_model_is_freed_and_its_folder_goes_with_the_next_swap(served
 
 def test_each_request_is_one_log_line_without_its_text(served, caplog):
     served.promote(seed=1)
-    with caplog.at_level(logging.INFO, logger="millstream.predictor"):
+    with caplog.at_level(logging.INFO, logger="millstream.services"):
         served.ask("sentiment", [{"text": "a secret sentence"}, {"text": "good"}])
         served.client.post("/v1/sentiment/predict", json={"items": [{"text": "", "secret": 1}]})
     lines = [json.loads(record.message) for record in caplog.records if '"predict"' in record.message]

@@ -1,5 +1,6 @@
 """The predictor as a process of its own, over the real embedded object store."""
 
+import json
 import os
 import signal
 import subprocess
@@ -104,6 +105,17 @@ def test_requests_under_way_are_answered_when_it_is_told_to_end(predictor, tmp_p
     assert set(answered) == {200}
     assert refused == []
     assert '"event": "stopped"' in event_log_path(tmp_path).read_text()
+
+
+def test_what_was_answered_last_is_logged_when_it_is_told_to_end(predictor, s3_artifact_store, tmp_path):
+    url, replies = predictor
+    wait_until_ready(url)
+    assert ask(url) == replies
+    stop_predictor(tmp_path)
+    store = s3_artifact_store
+    (info,) = store.objects.list(store.monitoring_bucket)
+    logged = [json.loads(line) for line in store.objects.get(store.monitoring_bucket, info.key).splitlines()]
+    assert [(row["request"], row["reply"]) for row in logged] == list(zip(ITEMS, replies, strict=True))
 
 
 def test_a_predictor_without_an_object_store_says_what_to_set(tmp_path):

@@ -1,4 +1,4 @@
-"""The predictor's log: one JSON object a line. No text of a request is ever logged."""
+"""The log of a service: one JSON object a line. No text of a request, no token and no refused body is ever logged."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 LOG_FILE_BYTES = 20 * 2**20
 NUM_OLD_LOG_FILES = 4
 
-logger = logging.getLogger("millstream.predictor")
+logger = logging.getLogger("millstream.services")
 
 
 def log_event(event: str, *, level: int = logging.INFO, exc_info: bool = False, **fields: object) -> None:
