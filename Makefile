@@ -10,10 +10,10 @@ run_options = $(if $(SOLUTION),--solution "$(SOLUTION)") $(if $(NAME),--name "$(
 	$(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)") $(if $(LABEL),--label "$(LABEL)") $(if $(ENCODING),--encoding "$(ENCODING)") \
 	$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BUDGET_MINUTES),--budget-minutes "$(BUDGET_MINUTES)") $(foreach pair,$(SET),--set "$(pair)")
 
-.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak test-postgres check format lock clean
+.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak test-postgres check format bench-orchestration bench-events lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
 
 run: $(VENV)/.run ## raw data to a served model; DATA= TEXT= LABEL= NAME= PROFILE= ENCODER= ENCODING= BUDGET_MINUTES= SET="key=value ..."
 	@$(BIN)/millstream run $(run_options)
@@ -65,6 +65,12 @@ check: $(VENV)/.dev ## ruff, types, import rules
 
 format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench-orchestration: $(VENV)/.dev ## what Prefect costs against a plain script: [PAIRS=5]
+	$(BIN)/python -m benchmarks.bench_orchestration --pairs $(or $(PAIRS),5) --write
+
+bench-events: $(VENV)/.dev ## from an object that landed to user code, leg by leg: [TIMES=15]
+	$(BIN)/python -m benchmarks.bench_event_to_run --times $(or $(TIMES),15) --write
 
 lock: $(VENV)/.dev ## resolve pyproject.toml into the lock files
 	$(BIN)/python infra/write_locks.py

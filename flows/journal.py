@@ -16,6 +16,7 @@ from ml.runs import Run, start_run
 from ml.settings import load_settings
 from ml.stages import StageResult
 from ml.storage.connect import open_artifact_store
+from tasks.cause import with_cause
 from tasks.options import failed_stage
 from tasks.reporting import publish_outcome
 
@@ -36,7 +37,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         store = open_artifact_store()
-        self.run = start_run(store, self.request)
+        self.run = start_run(store, with_cause(self.request))
         # Nothing that the run finds in the store is deleted while it holds its lease.
         self._lease = self._until_the_end.enter_context(run_lease(store, self.run.run_id))
         return self

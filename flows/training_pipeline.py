@@ -8,7 +8,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.journal import Journal
 from ml.config import RunRequest
 from ml.outcome import PipelineOutcome
-from tasks.compression import compress_model, export_model
+from tasks.cause import run_title
+from tasks.compression import compress_models, export_model
 from tasks.data import clean_data, ingest_data, split_data, validate_data
 from tasks.deployment import ask_samples, deploy_model
 from tasks.evaluation import evaluate_models, judge_model, measure_models, select_model
@@ -17,7 +18,7 @@ from tasks.training import train_baseline, train_model
 
 @flow(
     name="training-pipeline",
-    flow_run_name="{request.solution}-{request.profile}",
+    flow_run_name=run_title,
     task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1),  # type: ignore[arg-type]
     persist_result=False,
 )
@@ -35,8 +36,7 @@ def training_pipeline(request: RunRequest) -> PipelineOutcome:
         baseline = journal.keep("baseline", train_baseline(run, splits))
         trained = journal.keep("trained", train_model(run, splits))
         exported = journal.keep(None, export_model(run, trained))
-        compressed = [compress_model(run, method, trained, exported, splits) for method in run.config.compression]
-        variants = (exported, *journal.keep_all("variants", compressed))
+        variants = (exported, *journal.keep_all("variants", compress_models(run, trained, exported, splits)))
         journal.note(variants=variants)
 
         # Chosen on validation; the test split is scored once, after the choice.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ml.errors import ConfigError
 from ml.events import MODEL_NAME_PATTERN, Cause
@@ -133,34 +133,67 @@ class RunConfig(Section):
 
 
 class RunRequest(BaseModel):
-    """What a person or an event asks for: the form in the Prefect UI and the options of `millstream run`."""
+    """One training run. Every field may stay empty: then the demo data of the solution is used."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=lambda schema: _shape_form(schema))
 
-    solution: str = Field(default="sentiment", description="which recipe: a folder of solutions/")
+    solution: str = Field(default="sentiment", description="the recipe: a folder of `solutions/`")
+    profile: str = Field(default="quick", description="a set of defaults of the solution, see its `config.yaml`")
+    data: str | None = Field(
+        default=None,
+        description="CSV, Parquet or JSONL file or folder on the machine that runs this, or `s3://bucket/prefix`; by default the demo data",
+    )
+    text_column: str | None = Field(default=None, description="column with the text; by default `text`")
+    label_column: str | None = Field(default=None, description="column with the class; by default `label`")
+    encoding: str | None = Field(default=None, description="text encoding of the files, e.g. `latin-1`; detected when empty")
     name: Annotated[str, Field(pattern=f"^{MODEL_NAME_PATTERN}$")] | None = Field(
         default=None,
-        description="name of the model in the registry and in its URL; by default the file name of the data, else the solution",
+        title="Model name",
+        description="in the registry and in the URL: lower case letters, digits, `-` and `_`; "
+        "by default the file name of the data, else the solution",
     )
-    profile: str = Field(default="quick", description="a profile of the solution's config.yaml")
-    data: str | None = Field(
-        default=None, description="CSV, Parquet or JSONL file or folder, or s3://bucket/prefix; by default the demo data"
+    encoder: str | None = Field(
+        default=None,
+        description="pretrained model to start from: Hugging Face folder, `s3://` prefix, `package:<name>/<folder>` or hub name; "
+        "by default that of the solution",
     )
-    text_column: str | None = Field(default=None, description="column with the text")
-    label_column: str | None = Field(default=None, description="column with the class")
-    encoding: str | None = Field(default=None, description="text encoding of the files; detected when empty")
-    encoder: str | None = Field(default=None, description="Hugging Face folder, s3:// prefix, package:<name>/<folder>, or hub name")
     budget_minutes: float | None = Field(
-        default=None, gt=0, le=7 * 24 * 60, description="time the run may take; large data is sampled to fit"
+        default=None,
+        gt=0,
+        le=7 * 24 * 60,
+        title="Budget in minutes",
+        description="time the run may take, more than 0 and at most 10080 (a week); large data is sampled to fit; "
+        "by default that of the profile",
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**31)
-    overrides: dict[str, Any] = Field(default_factory=dict, description='any other setting by its path, e.g. {"train.epochs": 3}')
-    cause: Cause | None = Field(default=None, description="what asked for this run; filled in by the event bridge, leave it empty")
+    seed: int | None = Field(default=None, ge=0, lt=2**31, description="of every random choice, 0 or more; by default 0")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        title="Other settings",
+        description='any other setting by its path, as JSON, e.g. `{"train.epochs": 3, "select.max_drop_points": 0.5}`',
+    )
+    cause: Cause | None = Field(default=None, description="leave this empty: the event bridge says here what asked for the run")
 
     @field_validator("name", "data", "text_column", "label_column", "encoding", "encoder", mode="before")
     @classmethod
     def _empty_means_unset(cls, value: object) -> object:
         return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _is_about_what_there_is(self) -> "RunRequest":
+        """Refused at once, before any task starts. Raises ConfigError, see `resolve_config`, which pydantic lets through as it is."""
+        resolve_config(self)
+        return self
+
+
+def _shape_form(schema: dict[str, Any]) -> None:
+    from ml.request_form import shape_form
+
+    shape_form(schema)
+
+
+def read_solution_config(solution: str) -> dict[str, Any]:
+    """The `config.yaml` of a solution that there is."""
+    return yaml.safe_load((solution_folder(solution) / "config.yaml").read_text(encoding="utf-8"))
 
 
 def resolve_config(request: RunRequest) -> RunConfig:
@@ -173,8 +206,7 @@ def resolve_config(request: RunRequest) -> RunConfig:
     from ml.data.contracts import load_contract
 
     spec = load_solution(request.solution)
-    path = solution_folder(request.solution) / "config.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = read_solution_config(request.solution)
     profiles = settings.pop("profiles", {})
     if request.profile not in profiles:
         raise ConfigError(f"{request.solution} has no profile {request.profile!r}{nearest(request.profile, profiles)}")

@@ -32,6 +32,7 @@ from ml.artifacts import (
 from ml.config import RunConfig
 from ml.environment import Environment, describe_environment
 from ml.errors import MillstreamError
+from ml.events import Cause
 
 # Names of the rows that every run has; the others are named by the `compression` list of the config.
 BASELINE_NAME = "baseline"
@@ -177,6 +178,7 @@ class PipelineOutcome(Record):
     name: str
     solution: str
     profile: str
+    cause: Cause = Field(default=Cause(), description="what asked for the run")
     started: str = Field(description="ISO 8601, UTC")
     finished: str = Field(description="ISO 8601, UTC")
     seconds: float
@@ -225,6 +227,7 @@ def build_outcome(
         name=config.name,
         solution=config.solution,
         profile=config.profile,
+        cause=config.cause,
         started=_utc(started),
         finished=_utc(finished),
         seconds=round((finished - started).total_seconds(), 3),

@@ -208,6 +208,8 @@ class LocalStack:
             prefect_server.wait_for_prefect_server(self.state_dir)
             environment["PREFECT_HOME"] = str(prefect_server.prefect_home(self.state_dir))
         environment |= {"PREFECT_API_URL": prefect_api_url, "MILLSTREAM_PREDICTOR_URL": predictor_url}
+        # Prefect keeps the exception of a failed run: as JSON, never pickled.
+        environment["PREFECT_RESULTS_DEFAULT_SERIALIZER"] = "json"
         return StackAddresses(s3_endpoint, prefect_api_url, predictor_url, None, environment)
 
     def _start_operation(self, addresses: StackAddresses, *, register: bool) -> StackAddresses:

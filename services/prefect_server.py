@@ -78,6 +78,7 @@ def launch_prefect_server(state_dir: Path, settings: Settings | None = None) -> 
     (home / "concurrency_leases" / "expirations.lock").unlink(missing_ok=True)
     # In the environment, not in the command: only the user of the process can read it there.
     environment = {**ENVIRONMENT, "PREFECT_HOME": str(home), "PREFECT_API_URL": api_url, DATABASE_VARIABLE: database}
+    environment["PREFECT_SERVER_UI_STATIC_DIRECTORY"] = str(_only_the_first_ui(home))
     start_process(NAME, command, state_dir=state_dir, env=environment)
     return api_url
 
@@ -109,6 +110,20 @@ def prefect_api_address(state_dir: Path) -> str:
 def is_healthy(state_dir: Path) -> bool:
     """Whether it answers and reaches its database."""
     return answers(f"{prefect_api_address(state_dir)}/ready")
+
+
+def _only_the_first_ui(home: Path) -> Path:
+    """Where the server puts its web pages, prepared so that it serves the first of its two user interfaces only.
+
+    The second one, the default of a new browser, asks a host on the internet for its tracking settings, also with analytics
+    off. Prefect has no switch for it; it leaves out an interface whose folder it cannot make, and says so in its log.
+    """
+    folder = home / "ui"
+    folder.mkdir(exist_ok=True)
+    second = folder / "v2"
+    if not second.is_symlink():
+        second.symlink_to("left-out")
+    return folder
 
 
 def _uses_database(settings: Settings, state_dir: Path) -> bool:

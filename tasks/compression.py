@@ -10,6 +10,7 @@ from ml.stages import Stage, StageResult, run_stage
 from ml.storage.connect import open_artifact_store
 from tasks.bundle_folders import scratch_folder
 from tasks.options import stage_task
+from tasks.progress import ProgressBar
 
 EXPORT = Stage("export_model", 1, Variant, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
 
@@ -29,7 +30,17 @@ def export_model(run: Run, trained: TrainedModel) -> StageResult[Variant]:
     return run_stage(store, EXPORT, EXPORT.key(trained.bundle.digest, spec.name), compute)
 
 
-@stage_task("compress_model-{method_config[name]}")
+def compress_models(run: Run, trained: TrainedModel, exported: Variant, splits: SplitDataset) -> list[StageResult[Variant]]:
+    """Every variant that the config lists, one after the other."""
+    methods_to_try = run.config.compression
+    bar, results = ProgressBar("compression", "variants made"), []
+    for method_config in methods_to_try:
+        results.append(compress_model(run, method_config, trained, exported, splits))
+        bar.show(len(results), len(methods_to_try))
+    return results
+
+
+@stage_task("compress_model: {method_config[name]}")
 def compress_model(run: Run, method_config: dict, trained: TrainedModel, exported: Variant, splits: SplitDataset) -> StageResult[Variant]:
     """Make one compressed variant."""
     store, spec, seed = open_artifact_store(), load_solution(run.config.solution), run.config.seed

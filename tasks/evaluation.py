@@ -14,6 +14,7 @@ from ml.stages import Stage, StageResult, run_stage
 from ml.storage.connect import open_artifact_store
 from tasks.bundle_folders import bundle_folders
 from tasks.options import stage_task
+from tasks.progress import ProgressBar
 
 EVALUATE = Stage("evaluate_model", 1, Evaluation, ("numpy", "onnxruntime", "torch", "tokenizers"))
 TIMINGS = Stage("measure_models", 1, Timings, ("onnxruntime", "torch", "tokenizers"))
@@ -41,14 +42,23 @@ def evaluate_models(
 ) -> list[StageResult[Evaluation]]:
     """The uncompressed model, then the baseline and every variant beside it, on the same rows of one split."""
     uncompressed = Variant(name=UNCOMPRESSED_NAME, method="none", bundle=trained.bundle)
+    made = [variant for variant in variants if variant.bundle is not None]
+    bar, num_models = ProgressBar(f"scoring-on-{split_name}", f"models scored on {split_name}"), 2 + len(made)
+
     reference = evaluate_model(run, uncompressed, splits, split_name, None)
+    bar.show(1, num_models)
     scores = reference.record.quality.scores
     # Quality does not depend on what else runs, as timing does: the variants share the cores, one thread each.
-    others = [evaluate_model.submit(run, variant, splits, split_name, scores) for variant in variants if variant.bundle is not None]
-    return [evaluate_baseline(run, baseline, splits, split_name, scores), reference, *(other.result() for other in others)]
+    submitted = [evaluate_model.submit(run, variant, splits, split_name, scores) for variant in made]
+    found = [evaluate_baseline(run, baseline, splits, split_name, scores), reference]
+    for task in submitted:
+        bar.show(len(found), num_models)
+        found.append(task.result())
+    bar.show(len(found), num_models)
+    return found
 
 
-@stage_task("evaluate_model-{variant.name}-{split_name}")
+@stage_task("evaluate_model: {variant.name} on {split_name}")
 def evaluate_model(
     run: Run, variant: Variant, splits: SplitDataset, split_name: SplitName, reference: ArtifactRef | None
 ) -> StageResult[Evaluation]:
@@ -67,7 +77,7 @@ def evaluate_model(
     return run_stage(store, EVALUATE, key, compute, label=f"evaluate_model {variant.name} on {split_name}")
 
 
-@stage_task("evaluate_baseline-{split_name}")
+@stage_task("evaluate_baseline on {split_name}")
 def evaluate_baseline(
     run: Run, baseline: BaselineModel, splits: SplitDataset, split_name: SplitName, reference: ArtifactRef
 ) -> StageResult[Evaluation]:

@@ -29,7 +29,7 @@ def stage_task(task_run_name: str | None = None) -> Callable[[Callable[..., R]],
                 raise
 
         wrap = task(
-            task_run_name=task_run_name,
+            task_run_name=task_run_name or function.__name__,
             retries=2,
             retry_delay_seconds=[2, 10],
             retry_condition_fn=_is_retryable,

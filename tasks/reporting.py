@@ -1,23 +1,29 @@
 """What a run leaves for people: outcome.json, the HTML report, and artifacts on the Prefect run page."""
 
 import json
+import logging
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
+from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
 
 from ml.deployment import predict_address
 from ml.evaluation.quality import scores_from_frame
 from ml.outcome import UNCOMPRESSED_NAME, Addresses, PipelineOutcome, RunRecords, build_outcome
+from ml.report import run_page
 from ml.report.confusion import confusion_matrix
 from ml.report.html import render_report
-from ml.report.table import render_markdown
+from ml.report.table import table_rows
 from ml.runs import Run, finish_run
 from ml.settings import load_settings
 from ml.storage.artifacts import ArtifactStore
 from ml.storage.connect import open_artifact_store
+
+logger = logging.getLogger(__name__)
 
 
 def publish_outcome(run: Run, records: RunRecords, error: BaseException | None) -> PipelineOutcome:
@@ -26,7 +32,8 @@ def publish_outcome(run: Run, records: RunRecords, error: BaseException | None) 
     folder = load_settings().state_dir / "runs" / run.run_id
     records = records.model_copy(update={"addresses": _addresses(run, folder)})
     outcome = build_outcome(run.run_id, run.config, records, run.started, datetime.now(UTC), error)
-    html = _render(store, outcome, records)
+    history = _history(store, records)
+    html = _render(store, outcome, records, history)
     finish_run(store, run, records, outcome, html)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,8 +43,29 @@ def publish_outcome(run: Run, records: RunRecords, error: BaseException | None) 
     pointer = folder.parent / f".latest-{run.run_id}"
     pointer.symlink_to(folder.name)
     pointer.replace(latest)
-    create_markdown_artifact(render_markdown(outcome), key=f"{run.config.name.replace('_', '-')}-outcome", description=outcome.status)
+    try:
+        _show_on_run_page(outcome, history)
+    except Exception:  # whatever the Prefect client raises when its server is away; all is written by now
+        logger.exception("the run page shows no outcome of run %s", run.run_id)
     return outcome
+
+
+def _show_on_run_page(outcome: PipelineOutcome, history: list[dict[str, Any]]) -> None:
+    """One key per model and kind, so that the Artifacts page of the UI shows how they change from run to run."""
+    key, headline = outcome.name.replace("_", "-"), run_page.headline(outcome)
+    if rows := table_rows(outcome):
+        # The UI reads cells as HTML.
+        cells = [{escape(title): escape(cell) for title, cell in row.items()} for row in rows]
+        create_table_artifact(cells, key=f"{key}-before-after", description=headline)
+    if curve := run_page.training_curve(outcome, history):
+        create_markdown_artifact(curve, key=f"{key}-training-curve", description=headline)
+    create_markdown_artifact(run_page.report(outcome, history), key=f"{key}-report", description=headline)
+
+
+def _history(store: ArtifactStore, records: RunRecords) -> list[dict[str, Any]]:
+    if records.trained is None:
+        return []
+    return [json.loads(line) for line in store.get_bytes(records.trained.history).splitlines()]
 
 
 def _addresses(run: Run, folder: Path) -> Addresses:
@@ -52,10 +80,8 @@ def _addresses(run: Run, folder: Path) -> Addresses:
     )
 
 
-def _render(store: ArtifactStore, outcome: PipelineOutcome, records: RunRecords) -> str:
-    history, matrices, labels = [], {}, ()
-    if records.trained is not None:
-        history = [json.loads(line) for line in store.get_bytes(records.trained.history).splitlines()]
+def _render(store: ArtifactStore, outcome: PipelineOutcome, records: RunRecords, history: list[dict[str, Any]]) -> str:
+    matrices, labels = {}, ()
     if records.splits is not None:
         labels = records.splits.labels
         shown = {UNCOMPRESSED_NAME, records.decision.variant if records.decision else None}

@@ -3,9 +3,8 @@
 import logging
 import time
 from typing import Any
-from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from tasks.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ class TrainingProgress:
     def __init__(self) -> None:
         self._num_steps = 0
         self._last_line = 0.0
-        self._artifact_id: UUID | None = None
+        self._bar = ProgressBar("training", "training steps done, of those planned; it stops earlier when nothing improves any more")
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "event":
@@ -28,21 +27,16 @@ class TrainingProgress:
             logger.info(
                 "training: step %d, validation loss %.4f, accuracy %s", record["step"], record["loss"], _percent(record.get("accuracy"))
             )
+            self._move_bar(record)  # the last step ends with one
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._show(record)
+            share = f" of {self._num_steps}" if self._num_steps else ""
+            logger.info("training: step %d%s, loss %.4f, %.0f rows/s", record["step"], share, record["loss"], record["rows_per_second"])
+            self._move_bar(record)
 
-    def _show(self, record: dict[str, Any]) -> None:
-        step, total = record["step"], self._num_steps
-        share = f" of {total}" if total else ""
-        logger.info("training: step %d%s, loss %.4f, %.0f rows/s", step, share, record["loss"], record["rows_per_second"])
-        if not total:
-            return
-        percent = min(100.0, 100.0 * step / total)
-        if self._artifact_id is None:
-            self._artifact_id = create_progress_artifact(progress=percent, key="training", description="training steps done")  # type: ignore[assignment]
-        else:
-            update_progress_artifact(artifact_id=self._artifact_id, progress=percent)
+    def _move_bar(self, record: dict[str, Any]) -> None:
+        if self._num_steps:
+            self._bar.show(record["step"], self._num_steps)
 
 
 def _percent(share: float | None) -> str:

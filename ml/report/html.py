@@ -14,7 +14,7 @@ from ml.artifacts import Interval
 from ml.outcome import UNCOMPRESSED_NAME, ModelRow, PipelineOutcome
 from ml.report.comparison import Comparison, clause_title, compare, half_width, metric_title
 from ml.report.confusion import Confusion, describe_confusion
-from ml.report.words import STATUS_WORDS, byte_size, count, duration, plain
+from ml.report.words import STATUS_WORDS, byte_size, cause_words, count, duration, plain
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -58,6 +58,7 @@ def render_report(
     return environment.get_template("report.html").render(
         outcome=outcome,
         status_words=STATUS_WORDS[outcome.status],
+        cause_words=cause_words(outcome.cause),
         comparison=comparison,
         figures=_key_figures(outcome, comparison),
         metric_cell=lambda row, metric: _metric_cell(comparison, row, metric),

@@ -13,7 +13,7 @@ from rich.text import Text
 from ml.artifacts import Interval, Timing
 from ml.outcome import ModelRow, PipelineOutcome
 from ml.report.comparison import MEGABYTE, Comparison, clause_words, compare, half_width, metric_title
-from ml.report.words import STATUS_WORDS, duration
+from ml.report.words import STATUS_WORDS, cause_words, duration
 
 # Output that goes to a file or a pipe has no width of its own; this one fits logs and the usual table.
 PLAIN_WIDTH = 120
@@ -23,6 +23,7 @@ _VERDICT_STYLES = {"chosen": "bold green", "passes": "green", "fails": "yellow",
 _NOTHING = "–"
 
 Cell = Callable[[ModelRow], str]
+Column = tuple[str, Cell]
 
 
 def print_outcome(outcome: PipelineOutcome, console: Console | None = None) -> None:
@@ -71,22 +72,48 @@ def table_text(outcome: PipelineOutcome, width: int = PLAIN_WIDTH) -> str:
 
 
 def render_markdown(outcome: PipelineOutcome) -> str:
-    """Decision and table as Markdown, e.g. for a Prefect artifact. Texts are escaped, so they are shown as they are."""
+    """Decision, cause and table as Markdown, e.g. for a Prefect artifact. Texts are escaped, so they are shown as they are.
+
+    The table is drawn in two, quality and cost, as a page that shows Markdown has rarely room for all columns.
+    """
     comparison = compare(outcome)
     lines = [f"**{escape_markdown(outcome.name)}: {STATUS_WORDS[outcome.status]}**", ""]
+    lines += [escape_markdown(cause_words(outcome.cause)) + ".", ""]
     lines += [f"- {escape_markdown(reason)}" for reason in outcome.reasons]
     if comparison.has_results:
-        columns = _quality_columns(comparison, all_intervals=True) + _cost_columns()
-        titles = ["model", *(" ".join(title.split()) for title, _ in columns), "verdict"]
-        lines += ["", escape_markdown(_heading(comparison)), "", f"| {' | '.join(titles)} |"]
-        lines.append("|".join(["", " --- ", *[" ---: "] * len(columns), " --- ", ""]))
-        for row in comparison.rows:
-            mark = "**" if row.chosen else ""
-            cells = [row.name, *(cell(row) for _, cell in columns), comparison.verdict(row).words]
-            lines.append(f"| {' | '.join(f'{mark}{escape_markdown(cell)}{mark}' for cell in cells)} |")
+        verdict: Column = ("verdict", lambda row: comparison.verdict(row).words)
+        lines += ["", escape_markdown(_heading(comparison)), ""]
+        lines += _markdown_table(comparison, [*_quality_columns(comparison, all_intervals=True), verdict])
+        lines += ["", *_markdown_table(comparison, [column for column in _cost_columns() if column[0] != "p95\nms"])]
     if outcome.warnings:
         lines += ["", *(f"- note: {escape_markdown(warning)}" for warning in outcome.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def table_rows(outcome: PipelineOutcome) -> list[dict[str, str]]:
+    """The gist of the table as one dictionary per model, column -> text, not escaped: for narrow tables that others draw."""
+    comparison = compare(outcome)
+    columns = _quality_columns(comparison, all_intervals=False)[:1]
+    columns += [column for column in _cost_columns() if column[0] not in ("p95\nms", "to ORT\nfp32", "rows\n/s")]
+    return [
+        {
+            "model": ("▶ " if row.chosen else "") + row.name,
+            "verdict": comparison.verdict(row).words,
+            **{" ".join(title.split()): cell(row) for title, cell in columns},
+        }
+        for row in comparison.rows
+        if comparison.has_results
+    ]
+
+
+def _markdown_table(comparison: Comparison, columns: list[Column]) -> list[str]:
+    titles = ["model", *(" ".join(title.split()) for title, _ in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|".join(["", " --- ", *[" ---: "] * len(columns), ""])]
+    for row in comparison.rows:
+        mark = "**" if row.chosen else ""
+        cells = [row.name, *(cell(row) for _, cell in columns)]
+        lines.append(f"| {' | '.join(f'{mark}{escape_markdown(cell)}{mark}' for cell in cells)} |")
+    return lines
 
 
 def escape_markdown(text: str) -> str:
@@ -107,7 +134,7 @@ def _natural_width(table: Table) -> int:
     return Measurement.get(roomy, roomy.options, table).maximum
 
 
-def _draw(comparison: Comparison, columns: list[tuple[str, Cell]], *, with_verdict: bool = True) -> Table:
+def _draw(comparison: Comparison, columns: list[Column], *, with_verdict: bool = True) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("")
     table.add_column("model", vertical="bottom", overflow="fold")
@@ -124,8 +151,8 @@ def _draw(comparison: Comparison, columns: list[tuple[str, Cell]], *, with_verdi
     return table
 
 
-def _quality_columns(comparison: Comparison, *, all_intervals: bool) -> list[tuple[str, Cell]]:
-    columns: list[tuple[str, Cell]] = []
+def _quality_columns(comparison: Comparison, *, all_intervals: bool) -> list[Column]:
+    columns: list[Column] = []
     for position, metric in enumerate(comparison.metrics):
         unit = "\n%" if metric in comparison.percent else "\n"
         columns.append((metric_title(metric) + unit, _metric_cell(comparison, metric, with_interval=all_intervals or position == 0)))
@@ -146,7 +173,7 @@ def _metric_cell(comparison: Comparison, metric: str, *, with_interval: bool) ->
     return cell
 
 
-def _cost_columns() -> list[tuple[str, Cell]]:
+def _cost_columns() -> list[Column]:
     return [
         ("p50\nms", _timing_cell(lambda timing: f"{timing.p50_ms:.1f}")),
         ("p95\nms", _timing_cell(lambda timing: f"{timing.p95_ms:.1f}")),
@@ -169,7 +196,7 @@ def _ratio(interval: Interval | None) -> str:
 def _decision_lines(outcome: PipelineOutcome) -> list[Text]:
     status = Text(f"{outcome.name}: {STATUS_WORDS[outcome.status]}", style=_STATUS_STYLES.get(outcome.status, "bold red"))
     status.append(f"  (run {outcome.run_id}, {duration(outcome.seconds)})", style="not bold dim")
-    lines = [status]
+    lines = [status, Text(f"  {cause_words(outcome.cause)}")]
     if outcome.error is not None:
         where = f" in {outcome.error.stage}" if outcome.error.stage else ""
         lines.append(Text(f"  {outcome.error.type}{where}: {outcome.error.message}"))
@@ -195,10 +222,18 @@ def _sample_lines(outcome: PipelineOutcome) -> list[RenderableType]:
     if not outcome.samples:
         return []
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for sample in outcome.samples:
-        question = str(next(iter(sample.request.values()))) if len(sample.request) == 1 else json.dumps(sample.request, ensure_ascii=False)
-        grid.add_row(Text(f"  {_answer(sample.reply)}"), Text(question))
+    for answer, question in served_answers(outcome):
+        grid.add_row(Text(f"  {answer}"), Text(question))
     return [Text("The served model has just answered:"), grid]
+
+
+def served_answers(outcome: PipelineOutcome) -> list[tuple[str, str]]:
+    """(answer, question) of each sample request, in a few words."""
+    return [(_answer(sample.reply), _question(sample.request)) for sample in outcome.samples]
+
+
+def _question(request: dict) -> str:
+    return str(next(iter(request.values()))) if len(request) == 1 else json.dumps(request, ensure_ascii=False)
 
 
 def _answer(reply: dict) -> str:

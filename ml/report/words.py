@@ -1,4 +1,6 @@
-"""Numbers as people read them, for the terminal and the page alike."""
+"""Numbers and causes as people read them, for the terminal and the page alike."""
+
+from ml.events import Cause
 
 _SMALL_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -9,6 +11,20 @@ STATUS_WORDS = {
     "rejected": "rejected, nothing was deployed",
     "failed": "failed",
 }
+
+_CAUSE_WORDS = {
+    "by hand": "by hand",
+    "schedule": "by schedule",
+    "data.arrived": "by new data",
+    "drift.detected": "by drift",
+    "metric.dropped": "by a metric that dropped",
+    "retrain.asked": "on request",
+}
+
+
+def cause_words(cause: Cause) -> str:
+    """ "Started by new data: 3 new objects, the first s3://..." """
+    return f"Started {_CAUSE_WORDS[cause.kind]}" + (f": {cause.summary}" if cause.summary else "")
 
 
 def duration(seconds: float | None) -> str:

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,14 @@ def test_the_command_starts_a_run(stack: TriggeredStack) -> None:
 
 
 def test_the_schedule_starts_a_run(stack: TriggeredStack) -> None:
-    soon = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
-    schedule = [{"schedule": {"interval": 86400, "anchor_date": soon}, "active": True, "slug": "soon"}]
     deployment = stack.deployment["id"]
-    stack.api(f"/deployments/{deployment}/schedules", schedule)
+    schedule = [{"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True, "slug": "every-minute"}]
+    [created] = stack.api(f"/deployments/{deployment}/schedules", schedule)
     body = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}
     run = stack.until(
-        lambda: next((run for run in stack.api("/flow_runs/filter", body) if run["auto_scheduled"]), None), 90, "a scheduled run has ended"
+        lambda: next((run for run in stack.api("/flow_runs/filter", body) if run["auto_scheduled"]), None), 150, "a scheduled run has ended"
     )
+    stack.api(f"/deployments/{deployment}/schedules/{created['id']}", method="DELETE")
     assert run["state_type"] == "COMPLETED"
     assert stack.config_of(run)["cause"]["kind"] == "schedule"
 

@@ -1,5 +1,6 @@
-"""Opens a page in headless Chromium through its debugging protocol, and says what the page is like."""
+"""Opens a page in headless Chromium through its debugging protocol, uses it, and says what the page is like."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -43,22 +44,78 @@ class Chromium:
 
     def visit(self, page: Path, *, width: int, dark: bool, facts: dict[str, str]) -> Visit:
         """Open a page at a width in CSS pixels and evaluate JavaScript expressions in it."""
+        self.open(page.as_uri(), width=width, dark=dark)
+        return Visit({name: self.evaluate(expression) for name, expression in facts.items()}, self.requests, self.messages)
+
+    def open(self, url: str, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+        """Open a page, and forget what was asked for and said before."""
         self._events.clear()
         for domain in ("Page", "Network", "Log", "Runtime"):
             self._call(f"{domain}.enable")
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=url)
         self._wait_for("Page.loadEventFired")
-        found = {}
-        for name, expression in facts.items():
-            answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
-            assert "exceptionDetails" not in answer, answer
-            found[name] = answer["result"].get("value")
-        requests = [event["params"]["request"]["url"] for event in self._events if event["method"] == "Network.requestWillBeSent"]
-        messages = [event["params"]["entry"]["text"] for event in self._events if event["method"] == "Log.entryAdded"]
-        return Visit(found, requests, messages)
+
+    @property
+    def requests(self) -> list[str]:
+        """Every URL that was asked for since `open`, the page itself and web sockets included, in order."""
+        self.evaluate("0")  # takes in what has come since
+        asked = {
+            "Network.requestWillBeSent": lambda parameters: parameters["request"]["url"],
+            "Network.webSocketCreated": lambda parameters: parameters["url"],
+        }
+        return [asked[event["method"]](event["params"]) for event in self._events if event["method"] in asked]
+
+    @property
+    def messages(self) -> list[str]:
+        """What the browser wrote to the console since `open`, refused content included."""
+        return [event["params"]["entry"]["text"] for event in self._events if event["method"] == "Log.entryAdded"]
+
+    def evaluate(self, expression: str) -> Any:
+        """The JSON value of a JavaScript expression; of a promise, what it comes to."""
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, (expression, answer)
+        return answer["result"].get("value")
+
+    def wait_until(self, expression: str, timeout_seconds: float = ANSWER_SECONDS) -> Any:
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + timeout_seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < deadline, f"not within {timeout_seconds:g} s: {expression}\n{self.text[-3000:]}"
+            time.sleep(0.1)
+        return value
+
+    @property
+    def text(self) -> str:
+        """The page as it is read."""
+        return self.evaluate("document.body.innerText")
+
+    def click(self, element: str) -> None:
+        """Click in the middle of the element that a JavaScript expression finds, waiting until it is there."""
+        self.wait_until(f"!!({element})")
+        self.evaluate(f"({element}).scrollIntoView({{block: 'center'}})")
+        x, y = self.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])(({element}).getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type_into(self, element: str, text: str) -> None:
+        """Replace what stands in an input field, as a person would: click, select all, type."""
+        self.click(element)
+        select_all = {"key": "a", "code": "KeyA", "windowsVirtualKeyCode": 65, "modifiers": 2, "commands": ["selectAll"]}
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, **select_all)
+        self._call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int) -> None:
+        """Press a key that has a name, such as Enter (13)."""
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def screenshot(self, file: Path) -> None:
+        """What is to be seen now, as PNG."""
+        file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
     def _call(self, method: str, **parameters: Any) -> dict:
         self._last_id += 1
@@ -97,6 +154,7 @@ def open_chromium(executable: str) -> Iterator[Chromium]:
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
+            "--hide-scrollbars",
             "--remote-debugging-port=0",
             f"--user-data-dir={profile}",
             "about:blank",
@@ -112,7 +170,8 @@ def open_chromium(executable: str) -> Iterator[Chromium]:
             port = port_file.read_text().splitlines()[0]
             tabs = httpx.get(f"http://127.0.0.1:{port}/json/list", trust_env=False).json()
             address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-            with connect(address, max_size=None, proxy=None) as connection:
+            # No pings: nobody answers the browser between two calls.
+            with connect(address, max_size=None, proxy=None, ping_interval=None) as connection:
                 yield Chromium(connection)
         finally:
             process.terminate()
