@@ -133,7 +133,7 @@ class RunConfig(Section):
 
 
 class RunRequest(BaseModel):
-    """One training run. Every field may stay empty: then the demo data of the solution is used."""
+    """One training run. Every field may stay empty: then the model's own data is used or, while there is none, the demo data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=lambda schema: _shape_form(schema))
 
@@ -141,7 +141,7 @@ class RunRequest(BaseModel):
     profile: str = Field(default="quick", description="a set of defaults of the solution, see its `config.yaml`")
     data: str | None = Field(
         default=None,
-        description="CSV, Parquet or JSONL file or folder on the machine that runs this, or `s3://bucket/prefix`; by default the demo data",
+        description="CSV, Parquet or JSONL file or folder on the machine that runs this, or `s3://bucket/prefix`; by default what lies under the model's name in the datasets bucket, else the demo data",
     )
     text_column: str | None = Field(default=None, description="column with the text; by default `text`")
     label_column: str | None = Field(default=None, description="column with the class; by default `label`")

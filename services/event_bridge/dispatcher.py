@@ -222,8 +222,8 @@ class Dispatcher:
         )
         body = {**(deployment.request or {}), "cause": cause.model_dump(mode="json")}
         body["name"] = body.get("name") or deployment.name
-        # Once a model has data of its own, a run for whatever reason must not fall back to the demo data.
-        if digest is not None and not str(body.get("data") or "").startswith("s3://"):
+        # As the run itself would resolve it (ml.runs.start_run), said here so that everybody sees it.
+        if digest is not None and not body.get("data"):
             body["data"] = f"s3://{self._artifact_store().datasets_bucket}/{keys.dataset_prefix(deployment.name)}"
         request = RetrainRequest(str(cause.request_id), deployment.name, cause, body, len(events), created=now, why="not emitted yet")
         self._queue.add_request(request, [event.id for event in events])

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ml.monitoring.check import LATE_SECONDS
 from services.event_bridge.authentication import sign
 from tests.e2e.conftest import write_reviews
 from tests.faults.operated_stack import MODEL, OperatedStack, make_operated_stack
@@ -109,6 +110,11 @@ def test_the_command_starts_a_run(stack: TriggeredStack) -> None:
     assert "retrain.asked" in stack.call("events", MODEL).stdout
 
 
+def test_every_refused_call_was_counted(stack: TriggeredStack) -> None:
+    metrics = httpx.get(f"{stack.url('event-bridge')}/metrics", trust_env=False).text
+    assert any("refused" in line and "unsigned" in line and not line.endswith(" 0.0") for line in metrics.splitlines()), metrics
+
+
 def test_the_schedule_starts_a_run(stack: TriggeredStack) -> None:
     deployment = stack.deployment["id"]
     schedule = [{"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True, "slug": "every-minute"}]
@@ -137,35 +143,32 @@ def test_what_landed_while_bridge_and_server_were_down_is_not_lost(stack: Trigge
 
 
 def test_drift_and_wrong_answers_start_a_run(stack: TriggeredStack) -> None:
-    predict = f"{stack.url('predictor')}/v1/{MODEL}/predict"
-    answers = []
-    for start in range(0, 300, 100):
-        texts = [
-            f"invoice {number} overdue payment reminder account balance due ledger {number * 7}" for number in range(start, start + 100)
-        ]
-        reply = (
-            httpx.post(predict, json={"items": [{"text": text} for text in texts]}, trust_env=False, timeout=60).raise_for_status().json()
-        )
-        answers += [(reply["id"], item, answer["label"]) for item, answer in enumerate(reply["replies"])]
-    wrong = [{"id": id_, "item": item, "label": "1" if label == "5" else "5"} for id_, item, label in answers[:200]]
-    feedback = f"{stack.url('predictor')}/v1/{MODEL}/feedback"
-    assert httpx.post(feedback, json={"items": wrong}, trust_env=False, timeout=60).status_code == 202
     monitoring = stack.api(f"/deployments/name/drift-monitoring/{MODEL}", method="GET")["id"]
-    time.sleep(6)  # until the predictor has written its log
-    for _ in range(2):
+    for first in (0, 300):  # an event needs the same finding twice in a row, on other requests
+        ask_about_invoices_and_correct(stack, range(first, first + 300))
         check = stack.api(f"/deployments/{monitoring}/create_flow_run", {"parameters": {"request": {"name": MODEL, "num_repeats": 2}}})
         ended = stack.wait_for(check["id"])
         assert ended["state_type"] == "COMPLETED", ended["state"]
     run = stack.next_run()
     assert run["state_type"] == "COMPLETED"
     assert stack.config_of(run)["cause"]["kind"] in ("drift.detected", "metric.dropped")
-    kinds = {event["kind"] for event in stack.events()}
-    assert kinds >= {"drift.detected", "metric.dropped"}
+    assert {event["kind"] for event in stack.events()} >= {"drift.detected", "metric.dropped"}
 
 
-def test_every_refused_call_was_counted(stack: TriggeredStack) -> None:
-    metrics = httpx.get(f"{stack.url('event-bridge')}/metrics", trust_env=False).text
-    assert any("refused" in line and "unsigned" in line and not line.endswith(" 0.0") for line in metrics.splitlines()), metrics
+def ask_about_invoices_and_correct(stack: TriggeredStack, numbers: range) -> None:
+    """Ask what no film review asks, and then say that each answer was wrong."""
+    model = f"{stack.url('predictor')}/v1/{MODEL}"
+    answers = []
+    for start in numbers[::100]:
+        texts = [
+            f"invoice {number} overdue payment reminder account balance due ledger {number * 7}" for number in range(start, start + 100)
+        ]
+        items = [{"text": text} for text in texts]
+        reply = httpx.post(f"{model}/predict", json={"items": items}, trust_env=False, timeout=60).raise_for_status().json()
+        answers += [(reply["id"], item, answer["label"]) for item, answer in enumerate(reply["replies"])]
+    wrong = [{"id": id_, "item": item, "label": "1" if label == "5" else "5"} for id_, item, label in answers[:200]]
+    assert httpx.post(f"{model}/feedback", json={"items": wrong}, trust_env=False, timeout=60).status_code == 202
+    time.sleep(LATE_SECONDS + 2)  # what is younger is for the next check
 
 
 def test_the_log_tells_it_in_one_place(stack: TriggeredStack) -> None:
