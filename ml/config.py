@@ -141,7 +141,8 @@ class RunRequest(BaseModel):
     profile: str = Field(default="quick", description="a set of defaults of the solution, see its `config.yaml`")
     data: str | None = Field(
         default=None,
-        description="CSV, Parquet or JSONL file or folder on the machine that runs this, or `s3://bucket/prefix`; by default what lies under the model's name in the datasets bucket, else the demo data",
+        description="CSV, Parquet or JSONL file or folder on the machine that runs this, or `s3://bucket/prefix`; "
+        "by default what lies under the model's name in the datasets bucket, else the demo data",
     )
     text_column: str | None = Field(default=None, description="column with the text; by default `text`")
     label_column: str | None = Field(default=None, description="column with the class; by default `label`")

@@ -115,6 +115,7 @@ def test_every_refused_call_was_counted(stack: TriggeredStack) -> None:
     assert any("refused" in line and "unsigned" in line and not line.endswith(" 0.0") for line in metrics.splitlines()), metrics
 
 
+@pytest.mark.slow  # a minute until Prefect's scheduler looks; that it looks is tested in tests/services/test_prefect_server.py
 def test_the_schedule_starts_a_run(stack: TriggeredStack) -> None:
     deployment = stack.deployment["id"]
     schedule = [{"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True, "slug": "every-minute"}]
@@ -128,6 +129,7 @@ def test_the_schedule_starts_a_run(stack: TriggeredStack) -> None:
     assert stack.config_of(run)["cause"]["kind"] == "schedule"
 
 
+@pytest.mark.slow
 def test_what_landed_while_bridge_and_server_were_down_is_not_lost(stack: TriggeredStack) -> None:
     os.kill(stack.pid("supervisor"), signal.SIGSTOP)
     stack.kill_part("event-bridge")
@@ -142,6 +144,7 @@ def test_what_landed_while_bridge_and_server_were_down_is_not_lost(stack: Trigge
     assert len(stack.runs()) == stack.num_seen, "one run, not two"
 
 
+@pytest.mark.slow
 def test_drift_and_wrong_answers_start_a_run(stack: TriggeredStack) -> None:
     monitoring = stack.api(f"/deployments/name/drift-monitoring/{MODEL}", method="GET")["id"]
     for first in (0, 300):  # an event needs the same finding twice in a row, on other requests

@@ -102,13 +102,16 @@ def recover(stack: OperatedStack, fault: str, generator: random.Random, after_se
     stack.wait_until_well()
 
 
-@pytest.mark.parametrize("fault", ["worker", "flow process", "cancel without a worker"])
+QUICK = ("flow process", "worker")
+
+
+@pytest.mark.parametrize("fault", QUICK)
 def test_a_run_that_is_hurt_ends_in_a_true_state_and_the_next_one_works(stack: OperatedStack, generator: random.Random, fault: str) -> None:
     recover(stack, fault, generator, generator.uniform(0, 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("worker", "flow process", "cancel without a worker")])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in QUICK])
 def test_every_other_fault(stack: OperatedStack, generator: random.Random, fault: str) -> None:
     recover(stack, fault, generator, generator.uniform(0, 5))
 
