@@ -23,6 +23,8 @@ START_TIMEOUT_SECONDS = 90
 ENVIRONMENT = {
     # From "run created" to "worker has seen it"; the default is 10 s.
     "PREFECT_WORKER_QUERY_SECONDS": "1",
+    # A run that waits for its deployment's slot is planned ten seconds ahead; taken that early, it would be tried each second.
+    "PREFECT_WORKER_PREFETCH_SECONDS": "1",
     "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
     # Where a cancel request is looked for when the websocket is down; the default is two minutes.
     "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",
