@@ -174,6 +174,21 @@ def ask_about_invoices_and_correct(stack: TriggeredStack, numbers: range) -> Non
     time.sleep(LATE_SECONDS + 2)  # what is younger is for the next check
 
 
+def test_registering_again_changes_nothing(stack: TriggeredStack) -> None:
+    def registered() -> dict[str, list[str]]:
+        deployments, automations = stack.api("/deployments/filter", {}), stack.api("/automations/filter", {})
+        return {
+            "deployments": sorted(deployment["id"] for deployment in deployments),
+            "automations": sorted(automation["name"] for automation in automations),
+            "schedules": sorted(schedule["slug"] for deployment in deployments for schedule in deployment["schedules"]),
+        }
+
+    before = registered()
+    assert before["automations"] == ["crash silent flow runs", f"retrain {MODEL}"]
+    assert stack.call("up").returncode == 0
+    assert registered() == before
+
+
 def test_the_log_tells_it_in_one_place(stack: TriggeredStack) -> None:
     log = Path(stack.state_dir / "logs" / "stack.log").read_text()
     assert all(f" {part}" in log for part in ("worker", "flow-runs", "event-bridge", "predictor", "supervisor"))

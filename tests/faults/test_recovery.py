@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -114,6 +115,27 @@ def test_a_run_that_is_hurt_ends_in_a_true_state_and_the_next_one_works(stack: O
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in QUICK])
 def test_every_other_fault(stack: OperatedStack, generator: random.Random, fault: str) -> None:
     recover(stack, fault, generator, generator.uniform(0, 5))
+
+
+@pytest.mark.slow
+def test_a_host_that_is_gone_is_noticed_by_its_silence(stack: OperatedStack) -> None:
+    """With worker and watchdog out of the way, as when the machine is lost, the automation of `make up` speaks."""
+    request = stack.request(stack.reviews("lost-host.csv", seed=77), *LONG_TRAINING)
+    flow_run_id = stack.start_run(request)
+    stack.wait_for_training()
+    os.kill(stack.pid("supervisor"), signal.SIGSTOP)
+    try:
+        stack.kill_part("worker")
+        stack.kill(stack.flow_pid(flow_run_id))
+        lost = time.monotonic()
+        run = stack.wait_for(flow_run_id, timeout=200)
+        print(f"{run['state_name']} after {time.monotonic() - lost:.0f} s: {run['state']['message']}")
+        assert run["state_type"] == "CRASHED"
+        assert "no sign of life" in run["state"]["message"]
+        assert stack.slots_taken() == 0
+    finally:
+        os.kill(stack.pid("supervisor"), signal.SIGCONT)
+    stack.wait_until_well()
 
 
 @pytest.mark.soak
