@@ -103,7 +103,7 @@ def recover(stack: OperatedStack, fault: str, generator: random.Random, after_se
     stack.wait_until_well()
 
 
-QUICK = ("flow process", "worker")
+QUICK = ("flow process",)
 
 
 @pytest.mark.parametrize("fault", QUICK)
