@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ml.artifacts import Record
 from ml.config import RunConfig, RunRequest, resolve_config
-from ml.data.sources import is_readable
+from ml.data.landed import landed_address, landed_objects
 from ml.storage import keys
 from ml.storage.artifacts import ArtifactStore, digest_bytes
 
@@ -35,19 +35,12 @@ def start_run(store: ArtifactStore, request: RunRequest) -> Run:
         ConfigError: see `resolve_config`.
     """
     started = datetime.now(UTC)
-    if request.data is None:
-        request = request.model_copy(update={"data": _landed_data(store, request.name or request.solution)})
+    name = request.name or request.solution
+    if request.data is None and landed_objects(store, name):
+        request = request.model_copy(update={"data": landed_address(store, name)})
     run = Run(run_id=f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}", started=started, config=resolve_config(request))
     store.objects.put(store.runs_bucket, keys.run_file(run.run_id, "config.json"), run.config.model_dump_json(indent=1).encode())
     return run
-
-
-def _landed_data(store: ArtifactStore, name: str) -> str | None:
-    """The address of the model's prefix in the datasets bucket, when something readable lies there."""
-    prefix = keys.dataset_prefix(name)
-    if any(is_readable(info.key.rpartition("/")[2]) for info in store.objects.list(store.datasets_bucket, prefix)):
-        return f"s3://{store.datasets_bucket}/{prefix}"
-    return None
 
 
 def finish_run(store: ArtifactStore, run: Run, records: "RunRecords", outcome: "PipelineOutcome", report_html: str) -> None:

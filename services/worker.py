@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from services.health import runs_well
+from services.prefect_rest import open_prefect
 from services.prefect_server import prefect_api_address
 from services.processes import start_process, stop_process, wait_until_healthy
 from services.web_service import PREFECT_SERVER_ONLY
@@ -62,8 +63,8 @@ def is_healthy(state_dir: Path) -> bool:
     """Whether the server has heard of this worker lately."""
     api_url = os.environ.get("PREFECT_API_URL") or prefect_api_address(state_dir)
     try:
-        answer = httpx.post(f"{api_url}/work_pools/{WORK_POOL}/workers/filter", json={}, timeout=5, trust_env=False)
-        answer.raise_for_status()
+        with open_prefect(api_url, timeout_seconds=5) as client:
+            answer = client.post(f"/work_pools/{WORK_POOL}/workers/filter", json={}).raise_for_status()
     except httpx.HTTPError:
         return False
     return any(worker["name"] == worker_name() and worker["status"] == "ONLINE" for worker in answer.json())

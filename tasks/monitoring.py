@@ -15,7 +15,7 @@ from ml.notifications import notify
 from ml.settings import load_settings
 from ml.storage import keys
 from ml.storage.connect import open_artifact_store
-from tasks.options import stage_task
+from tasks.options import artifact_key, stage_task
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def publish_check(outcome: CheckOutcome) -> None:
         store.objects.put(store.monitoring_bucket, keys.check_file(outcome.name, outcome.check, file_name), text.encode())
     _write_whole(load_settings().state_dir / "checks" / outcome.name / "latest.html", html)
     create_markdown_artifact(
-        render_check_markdown(outcome), key=f"{outcome.name.replace('_', '-')}-drift", description=f"drift check: {outcome.status}"
+        render_check_markdown(outcome), key=artifact_key(outcome.name, "drift"), description=f"drift check: {outcome.status}"
     )
 
 

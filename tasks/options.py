@@ -41,6 +41,11 @@ def stage_task(task_run_name: str | None = None) -> Callable[[Callable[..., R]],
     return decorate
 
 
+def artifact_key(name: str, what: str) -> str:
+    """Key of a Prefect artifact about a model: lower case letters, digits and dashes only."""
+    return f"{name.replace('_', '-')}-{what}"
+
+
 def failed_stage(error: BaseException) -> str | None:
     """The stage in which an error was raised, if it was raised in one."""
     notes = getattr(error, "__notes__", [])

@@ -22,6 +22,7 @@ from ml.runs import Run, finish_run
 from ml.settings import load_settings
 from ml.storage.artifacts import ArtifactStore
 from ml.storage.connect import open_artifact_store
+from tasks.options import artifact_key
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,14 @@ def publish_outcome(run: Run, records: RunRecords, error: BaseException | None) 
 
 def _show_on_run_page(outcome: PipelineOutcome, history: list[dict[str, Any]]) -> None:
     """One key per model and kind, so that the Artifacts page of the UI shows how they change from run to run."""
-    key, headline = outcome.name.replace("_", "-"), run_page.headline(outcome)
+    name, headline = outcome.name, run_page.headline(outcome)
     if rows := table_rows(outcome):
         # The UI reads cells as HTML.
         cells = [{escape(title): escape(cell) for title, cell in row.items()} for row in rows]
-        create_table_artifact(cells, key=f"{key}-before-after", description=headline)
+        create_table_artifact(cells, key=artifact_key(name, "before-after"), description=headline)
     if curve := run_page.training_curve(outcome, history):
-        create_markdown_artifact(curve, key=f"{key}-training-curve", description=headline)
-    create_markdown_artifact(run_page.report(outcome, history), key=f"{key}-report", description=headline)
+        create_markdown_artifact(curve, key=artifact_key(name, "training-curve"), description=headline)
+    create_markdown_artifact(run_page.report(outcome, history), key=artifact_key(name, "report"), description=headline)
 
 
 def _history(store: ArtifactStore, records: RunRecords) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from ml.deployment import check_served, predict_address
 from ml.registry import Registry
 from ml.settings import load_settings
 from ml.storage.connect import open_artifact_store
-from tasks.options import stage_task
+from tasks.options import artifact_key, stage_task
 
 
 # Never tried again: a rollback done twice is none.
@@ -46,5 +46,4 @@ def confirm_served(deployment: Deployment) -> Deployment:
 def publish_rollback(deployment: Deployment) -> None:
     """Show on the run page what was done."""
     lines = [f"## {deployment.name} serves {deployment.version}", "", *(f"- {reason}" for reason in deployment.reasons)]
-    key = f"{deployment.name.replace('_', '-')}-rollback"
-    create_markdown_artifact("\n".join(lines), key=key, description=deployment.version or "")
+    create_markdown_artifact("\n".join(lines), key=artifact_key(deployment.name, "rollback"), description=deployment.version or "")

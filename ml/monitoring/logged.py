@@ -37,9 +37,7 @@ def read_feedback(store: ArtifactStore, name: str, since: datetime, until: datet
     """(prediction id, item) -> the last label that was told of it within [since, until)."""
     found: list[LoggedFeedback] = []
     for day in _steps(since, until, timedelta(days=1)):
-        # The key's own part is of no meaning: only the folder is wanted.
-        prefix = keys.feedback_log(name, f"{day:%Y-%m-%d}", "-").rpartition("/")[0] + "/"
-        for info in store.objects.list(store.monitoring_bucket, prefix):
+        for info in store.objects.list(store.monitoring_bucket, keys.feedback_prefix(name, f"{day:%Y-%m-%d}")):
             found += [row for row in _read_lines(store, info.key, LoggedFeedback) if since <= row.told < until]
     return {(row.id, row.item): row for row in sorted(found, key=lambda row: row.time)}
 
@@ -62,7 +60,7 @@ def find_predictions(
 
 
 def _prediction_parts(store: ArtifactStore, name: str, hour: datetime) -> list[str]:
-    prefix = keys.prediction_log(name, f"{hour:%Y-%m-%d}", f"{hour:%H}", "-").rpartition("/")[0] + "/"
+    prefix = keys.predictions_prefix(name, f"{hour:%Y-%m-%d}", f"{hour:%H}")
     return [info.key for info in store.objects.list(store.monitoring_bucket, prefix)]
 
 

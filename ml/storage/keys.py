@@ -92,20 +92,22 @@ def dataset_prefix(name: str) -> str:
     return f"{name}/"
 
 
-def predictions_prefix(name: str) -> str:
-    return f"predictions/{name}/"
+def predictions_prefix(name: str, *day_and_hour: str) -> str:
+    """Of all predictions of a model, of a day, or of an hour of a day."""
+    return "/".join(("predictions", name, *day_and_hour, ""))
 
 
 def prediction_log(name: str, day: str, hour: str, part: str) -> str:
-    return f"predictions/{name}/{day}/{hour}/{part}.jsonl"
+    return f"{predictions_prefix(name, day, hour)}{part}.jsonl"
 
 
-def feedback_prefix(name: str) -> str:
-    return f"feedback/{name}/"
+def feedback_prefix(name: str, *day: str) -> str:
+    """Of all feedback on a model, or of a day's."""
+    return "/".join(("feedback", name, *day, ""))
 
 
 def feedback_log(name: str, day: str, part: str) -> str:
-    return f"feedback/{name}/{day}/{part}.jsonl"
+    return f"{feedback_prefix(name, day)}{part}.jsonl"
 
 
 def check_file(name: str, utc: str, file_name: str) -> str:

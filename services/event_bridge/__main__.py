@@ -1,12 +1,8 @@
 """`python -m services.event_bridge --port 8100`: the event bridge in the foreground, until SIGTERM or Ctrl-C."""
 
-import argparse
 import logging
 import os
 import sys
-from pathlib import Path
-
-import uvicorn
 
 from ml.errors import ConfigError, MillstreamError
 from ml.settings import load_settings
@@ -18,21 +14,16 @@ from services.event_bridge.dispatcher import Dispatcher, Pace
 from services.event_bridge.event_queue import EventQueue
 from services.event_bridge.metrics import BridgeMetrics
 from services.event_bridge.prefect_api import PrefectApi
-from services.event_log import configure_logging, log_event
+from services.event_log import log_event
+from services.serving import parse_arguments, serve
 from services.supervisor.launcher import keep_supervisor_alive
 
 QUEUE_FOLDER = "event-bridge"
-GRACE_SECONDS = 5  # below the ten seconds after which a process that was asked to end is killed
+GRACE_SECONDS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m services.event_bridge", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--log-file", type=Path, help="write the log there, with old files kept to a limit, and not to standard output")
-    arguments = parser.parse_args()
-
-    configure_logging(arguments.log_file)
+    arguments = parse_arguments("services.event_bridge", __doc__, "address to listen on")
     settings = load_settings()
     api_url = os.environ.get("PREFECT_API_URL")
     try:
@@ -64,16 +55,7 @@ def main() -> None:
         datasets_bucket=bucket_name(settings.bucket_prefix, "datasets"),
     )
     keep_supervisor_alive(settings.state_dir)
-    log_event("starting", host=arguments.host, port=arguments.port, pid=os.getpid())
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    serve(app, arguments, GRACE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,13 @@
-"""What lies in the datasets bucket for a model: its digest, and what is new since it was last looked at."""
+"""What has landed for a model (ml.data.landed): its digest, and what is new since it was last looked at."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from ml.data.sources import is_readable
 from ml.events import Event
-from ml.storage import keys
-from ml.storage.artifacts import ArtifactStore
 from ml.storage.base import ObjectInfo
 
 POLL_SOURCE = "poll"
 MAX_OBJECTS_NAMED = 1000
-
-
-def readable_objects(store: ArtifactStore, name: str) -> list[ObjectInfo]:
-    """The objects that a run on s3://<datasets bucket>/<name>/ would read, by key.
-
-    Raises:
-        StorageError: the store refused or did not answer.
-    """
-    listed = store.objects.list(store.datasets_bucket, keys.dataset_prefix(name))
-    return [info for info in listed if info.size_bytes > 0 and is_readable(info.key.rpartition("/")[2])]
 
 
 def data_digest(objects: Sequence[ObjectInfo]) -> str | None:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ml.data.landed import landed_address, landed_objects
 from ml.errors import MillstreamError, ServiceError
 from ml.events import Cause, new_event_id
-from ml.storage import keys
 from ml.storage.artifacts import ArtifactStore
-from services.event_bridge.datasets import data_digest, new_objects, polled_event, readable_objects
+from services.event_bridge.datasets import data_digest, new_objects, polled_event
 from services.event_bridge.decision import (
     BUDGET_SECONDS,
     BY_A_PERSON,
@@ -208,7 +208,7 @@ class Dispatcher:
             last_request,
             busy=None,
             used_minutes=0.0 if by_a_person else self._prefect.used_minutes(deployment.id),
-            data_digest=data_digest(readable_objects(self._artifact_store(), deployment.name)),
+            data_digest=data_digest(landed_objects(self._artifact_store(), deployment.name)),
             trained_digest=self._queue.trained_digest(deployment.name),
         )
 
@@ -224,7 +224,7 @@ class Dispatcher:
         body["name"] = body.get("name") or deployment.name
         # As the run itself would resolve it (ml.runs.start_run), said here so that everybody sees it.
         if digest is not None and not body.get("data"):
-            body["data"] = f"s3://{self._artifact_store().datasets_bucket}/{keys.dataset_prefix(deployment.name)}"
+            body["data"] = landed_address(self._artifact_store(), deployment.name)
         request = RetrainRequest(str(cause.request_id), deployment.name, cause, body, len(events), created=now, why="not emitted yet")
         self._queue.add_request(request, [event.id for event in events])
         self._metrics.requests.inc()
@@ -254,7 +254,7 @@ class Dispatcher:
 
     def _poll_dataset(self, name: str, now: float) -> bool:
         """Whether there was something new."""
-        objects, seen = readable_objects(self._artifact_store(), name), self._queue.seen_objects(name)
+        objects, seen = landed_objects(self._artifact_store(), name), self._queue.seen_objects(name)
         if gone := sorted(set(seen) - {info.key for info in objects}):
             self._queue.forget_objects(name, gone)
         new = new_objects(objects, seen)

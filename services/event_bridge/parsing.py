@@ -1,6 +1,5 @@
 """What may be sent: a JSON body of bounded size."""
 
-import asyncio
 import hashlib
 import json
 import re
@@ -10,11 +9,11 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from ml.events import Event
+from services.request_body import BODY_TIMEOUT_SECONDS, BodyTooLarge, BodyTooSlow, read_bounded
 
 MAX_EVENT_BYTES = 2**20
 # A store lists every chunk of an object, and on a change those of the old one too: 100 bytes per 4 MiB of data.
 MAX_STORE_EVENT_BYTES = 16 * 2**20
-BODY_TIMEOUT_SECONDS = 30
 MAX_PROBLEMS_SHOWN = 20
 MAX_FOUND_CHARACTERS = 80
 
@@ -36,20 +35,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises:
         EventRefused: 413 when it is larger, 408 when it does not arrive in time.
     """
-    too_large = EventRefused(413, "too large", f"the body is larger than {max_bytes} bytes; name fewer objects, or send several events")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        raise too_large
-    body = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError:
+        return await read_bounded(request, max_bytes)
+    except BodyTooLarge:
+        detail = f"the body is larger than {max_bytes} bytes; name fewer objects, or send several events"
+        raise EventRefused(413, "too large", detail) from None
+    except BodyTooSlow:
         raise EventRefused(408, "too slow", f"the body did not arrive within {BODY_TIMEOUT_SECONDS} s; send it again") from None
-    return bytes(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

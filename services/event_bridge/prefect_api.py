@@ -1,7 +1,5 @@
-"""The few calls to Prefect's REST API that the bridge needs. Prefect itself is not imported: it takes seconds and memory."""
+"""The few calls to Prefect's REST API that the bridge needs."""
 
-import base64
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import httpx
 
 from ml.errors import ServiceError
 from ml.events import RETRAIN_REQUESTED, resource_id
+from services.prefect_rest import open_prefect
 
 TRAINING_FLOW = "training-pipeline"
 PAGE = 200
@@ -74,8 +73,7 @@ class PrefectApi:
     def __init__(self, api_url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, clock: Callable[[], float] = time.time):
         self.api_url = api_url.rstrip("/")
         self._clock = clock
-        # trust_env off: a proxy that the environment names has nothing to do with a server on this machine.
-        self._client = httpx.Client(base_url=self.api_url, timeout=timeout_seconds, trust_env=False, headers=_authorization())
+        self._client = open_prefect(self.api_url, timeout_seconds)
 
     def close(self) -> None:
         self._client.close()
@@ -173,12 +171,3 @@ def _flow_run(values: dict[str, Any]) -> FlowRun:
 
 def _iso(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat()
-
-
-def _authorization() -> dict[str, str]:
-    """As Prefect's own client: PREFECT_API_KEY, or user:password in PREFECT_API_AUTH_STRING."""
-    if key := os.environ.get("PREFECT_API_KEY"):
-        return {"Authorization": f"Bearer {key}"}
-    if user_and_password := os.environ.get("PREFECT_API_AUTH_STRING"):
-        return {"Authorization": "Basic " + base64.b64encode(user_and_password.encode()).decode()}
-    return {}

@@ -1,6 +1,5 @@
 """What a caller may send: a JSON body of bounded size whose items keep the model's own input schema."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 from fastapi import Request
 from jsonschema import Draft202012Validator, ValidationError
 
+from services.request_body import BODY_TIMEOUT_SECONDS, BodyTooLarge, BodyTooSlow, read_bounded
+
 MAX_BODY_BYTES = 2**20
 MAX_ITEMS = 256
 MAX_PROBLEMS_SHOWN = 20
 MAX_FOUND_CHARACTERS = 80
-BODY_TIMEOUT_SECONDS = 30
 
 
 class RequestRefused(Exception):
@@ -32,20 +32,12 @@ async def read_body(request: Request) -> bytes:
     Raises:
         RequestRefused: 413 when it is larger than MAX_BODY_BYTES, 408 when it does not arrive in time.
     """
-    too_large = RequestRefused(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send the items in several requests")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
+        return await read_bounded(request, MAX_BODY_BYTES)
+    except BodyTooLarge:
+        raise RequestRefused(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send the items in several requests") from None
+    except BodyTooSlow:
         raise RequestRefused(408, f"the body did not arrive within {BODY_TIMEOUT_SECONDS} s; send it again") from None
-    return bytes(body)
 
 
 def parse_items(body: bytes) -> list:

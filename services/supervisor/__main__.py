@@ -12,6 +12,7 @@ import httpx
 
 from ml.errors import MillstreamError
 from ml.settings import load_settings
+from services import worker
 from services.local_stack import PARTS, LocalStack
 from services.processes import read_process, stop_process
 from services.supervisor.launcher import NAME
@@ -66,7 +67,7 @@ class Supervisor:
             return
         for name in self._stack.own_parts:
             # Without the server nobody can say whether the worker is well.
-            unknown = name == "worker" and not self._server_answers
+            unknown = name == worker.NAME and not self._server_answers
             if unknown or read_process(name, self._stack.state_dir) is None or PARTS[name].is_healthy(self._stack.state_dir):
                 self._last_well[name] = time.monotonic()
             elif time.monotonic() - self._last_well[name] > HANG_SECONDS:

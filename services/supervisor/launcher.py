@@ -1,6 +1,6 @@
 """Starts and stops the supervisor of `make up`."""
 
-import contextlib
+import logging
 import os
 import sys
 import threading
@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from services.event_log import log_event
 from services.health import runs_well
 from services.processes import read_process, start_process, stop_process
 
@@ -58,9 +59,11 @@ def keep_supervisor_alive(state_dir: Path) -> None:
 
     def look_after() -> None:
         while True:
-            # Whatever goes wrong (a full disk, a race with `down`), the next look may find better.
-            with contextlib.suppress(Exception):
-                revive_supervisor(state_dir)
+            try:
+                if revive_supervisor(state_dir):
+                    log_event("supervisor started again")
+            except Exception as error:  # such as a full disk, or a race with `down`: the next look may find better
+                log_event("supervisor not started again", level=logging.ERROR, error=str(error))
             time.sleep(REVIVE_SECONDS)
 
     threading.Thread(target=look_after, name="keep-supervisor-alive", daemon=True).start()

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from services.flow_process import RECORD_PREFIX
+from services.prefect_rest import open_prefect
 from services.processes import ProcessRecord, process_names, read_process, remembered_process, signal_process, stop_process
 from services.worker import WORK_POOL, worker_name
 
@@ -42,7 +43,7 @@ class Watchdog:
     def __init__(self, state_dir: Path, api_url: str, *, gone_seconds: float = GONE_SECONDS):
         self._state_dir = state_dir
         self._gone_seconds = gone_seconds
-        self._client = httpx.Client(base_url=api_url, timeout=10, trust_env=False)
+        self._client = open_prefect(api_url, timeout_seconds=10)
         self._gone_since: dict[str, float] = {}
         self._asked_to_end: dict[str, float] = {}
 

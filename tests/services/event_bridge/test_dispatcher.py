@@ -2,9 +2,10 @@
 
 import pytest
 
+from ml.data.landed import landed_objects
 from ml.errors import StorageUnavailableError
 from ml.events import Event
-from services.event_bridge.datasets import data_digest, readable_objects
+from services.event_bridge.datasets import data_digest
 from tests.services.event_bridge.serving import CSV, Bridge, finish, state_of
 
 
@@ -18,7 +19,7 @@ def test_the_first_event_becomes_a_run_at_once_that_says_why(bridge, prefect, pu
     cause = request.pop("cause")
     assert request == {"solution": "sentiment", "name": "sentiment", "data": f"s3://{s3_artifact_store.datasets_bucket}/sentiment/"}
     assert (cause["kind"], cause["summary"], cause["event_ids"]) == ("data.arrived", f"new object {address}", [event.id])
-    assert cause["data_digest"] == data_digest(readable_objects(s3_artifact_store, "sentiment"))
+    assert cause["data_digest"] == data_digest(landed_objects(s3_artifact_store, "sentiment"))
     assert state_of(bridge, event) == ("requested", "emitted")
 
     clock.advance(1)
@@ -256,7 +257,7 @@ def test_listing_finds_what_no_webhook_told(polling_bridge, prefect, put, clock,
 
 def test_listing_does_not_repeat_what_a_webhook_told(polling_bridge, put, clock, s3_artifact_store):
     address = put("a.csv")
-    (info,) = readable_objects(s3_artifact_store, "sentiment")
+    (info,) = landed_objects(s3_artifact_store, "sentiment")
     polling_bridge.queue.add_event(Event(kind="data.arrived", name="sentiment", objects=(address,)), clock(), {info.key: info.etag})
     polling_bridge.step()
     polling_bridge.step()
