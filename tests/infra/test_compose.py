@@ -1,6 +1,5 @@
 """What can be said of infra/compose.yaml and its images without a container engine."""
 
-import ast
 import importlib.util
 import re
 import subprocess
@@ -89,11 +88,8 @@ def test_every_command_exists(services: dict[str, dict]):
 def test_the_options_of_our_modules_exist(services: dict[str, dict]):
     for name in ("predictor", "event-bridge"):
         command = services[name]["command"]
-        main = importlib.util.find_spec(f"{command[2]}.__main__")
-        assert main is not None and main.origin is not None
-        called = [node for node in ast.walk(ast.parse(Path(main.origin).read_text())) if isinstance(node, ast.Call)]
-        known = {call.args[0].value for call in called if call.args and isinstance(call.args[0], ast.Constant)}
-        assert {option for option in command if option.startswith("--")} <= known, name
+        shown = subprocess.run([sys.executable, "-m", command[2], "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(option in shown for option in command if option.startswith("--")), name
 
 
 def test_the_options_of_prefect_exist(services: dict[str, dict]):
