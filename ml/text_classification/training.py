@@ -23,7 +23,7 @@ from ml.text_classification.settings import TextClassifierConfig
 from ml.text_classification.tokenizer import prepare_tokenizer
 from ml.training.folders import read_json, write_json
 from ml.training.launcher import TrainOutcome, run_training
-from ml.training.spec import TrainSpec
+from ml.training.spec import Optimizer, TrainSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -225,10 +225,12 @@ def _spec(ctx: TrainContext, settings: TextClassifierConfig, prepared: Prepared,
         num_ranks=config.num_ranks,
         batch_size_per_rank=config.batch_size_per_rank,
         epochs=config.epochs,
-        learning_rate=choose_learning_rate(ctx.config.learning_rate, prepared),
-        warmup_fraction=config.warmup_fraction,
-        weight_decay=config.weight_decay,
-        gradient_clip=config.gradient_clip,
+        optimizer=Optimizer(
+            learning_rate=choose_learning_rate(config.learning_rate, prepared),
+            warmup_fraction=config.warmup_fraction,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+        ),
         precision=config.precision,
         checkpoint_every_steps=config.checkpoint_every_steps,
         validate_every_steps=config.validate_every_steps,

@@ -106,4 +106,4 @@ class TextClassificationJob:
     def row_losses(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
         logits = model(batch["input_ids"], batch["attention_mask"])
         loss = nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
-        return RowLosses(loss, logits.argmax(dim=1) == batch["targets"])
+        return RowLosses(loss, logits.argmax(dim=1), batch["targets"])

@@ -1,7 +1,7 @@
 """history.jsonl: one line per step, validation and event, written by the first rank.
 
 {"kind": "step", "step", "epoch", "loss", "learning_rate", "rows_per_second", "seconds"}
-{"kind": "validation", "step", "epoch", "loss", "accuracy", "seconds"}
+{"kind": "validation", "step", "epoch", "loss", "accuracy", "recall", "seconds"}
 {"kind": "event", "message"}    the first one, the plan, also has "num_steps"
 
 `step` counts finished steps; `epoch` is a fraction; `seconds` is training time, interruptions not counted.

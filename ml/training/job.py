@@ -18,10 +18,11 @@ Split = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row of a batch: `loss` (B,), not reduced and not weighted, and for a classifier `correct` (B,), bool."""
+    """Per row of a batch: `loss` (B,), not reduced and not weighted, and for a classifier `predicted` and `target` (B,), int64."""
 
     loss: "torch.Tensor"
-    correct: "torch.Tensor | None" = None
+    predicted: "torch.Tensor | None" = None
+    target: "torch.Tensor | None" = None
 
 
 class TrainingJob(Protocol):

@@ -46,7 +46,7 @@ def train(
     """
     work = WorkFolder(spec.work_dir)
     stepper = Stepper(spec, job, group)
-    optimizer = stepper.new_optimizer(spec.learning_rate)
+    optimizer = stepper.new_optimizer(spec.optimizer.learning_rate)
     checkpoint = newest_checkpoint(work.checkpoints)
     if checkpoint is not None:
         progress, plan = read_state(checkpoint)
@@ -118,19 +118,22 @@ class _Run:
         progress, plan = self.progress, self.plan
         rows = self.sampler.rows(progress.step)
         rate = learning_rate_at(
-            progress.step, peak=self.spec.learning_rate, num_warmup_steps=plan.num_warmup_steps, num_steps=plan.num_steps
+            progress.step, peak=self.spec.optimizer.learning_rate, num_warmup_steps=plan.num_warmup_steps, num_steps=plan.num_steps
         )
-        try:
-            loss = self.stepper.train_step(rows, self.optimizer, plan.precision, rate)
-        except TrainingError as error:
-            raise TrainingError(f"step {progress.step + 1} of {plan.num_steps}: {error}") from error
+        result = self.stepper.train_step(rows, self.optimizer, plan.precision, rate)
+        if not result.finite:
+            advice = "lower train.learning_rate" + (", or set train.precision to fp32" if plan.precision != "fp32" else "")
+            raise TrainingError(
+                f"step {progress.step + 1} of {plan.num_steps}: the loss is {result.loss} and the norm of the gradient "
+                f"{result.gradient_norm} at a learning rate of {rate:.2g} ({plan.precision}); {advice}"
+            )
         progress.step += 1
         self.beat()
         self.history.write(
             "step",
             step=progress.step,
             epoch=round(progress.step / plan.steps_per_epoch, 4),
-            loss=loss,
+            loss=result.loss,
             learning_rate=rate,
             rows_per_second=round(len(rows) / (time.perf_counter() - start), 2),
             seconds=round(self.clock.seconds, 3),
@@ -138,13 +141,15 @@ class _Run:
 
     def _validate(self) -> None:
         progress = self.progress
-        loss, accuracy = self.stepper.evaluate("validation", self.validation_batches, self.plan.precision, self.beat)
+        found = self.stepper.evaluate("validation", self.validation_batches, self.plan.precision, self.beat)
+        loss, accuracy = found.loss, found.accuracy
         self.history.write(
             "validation",
             step=progress.step,
             epoch=round(progress.step / self.plan.steps_per_epoch, 4),
             loss=loss,
             accuracy=accuracy,
+            recall=found.recall,
             seconds=round(self.clock.seconds, 3),
         )
         if not loss < progress.best_loss:

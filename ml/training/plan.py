@@ -97,7 +97,7 @@ def decide_plan(spec: TrainSpec, *, num_rows: int, num_validation_rows: int, mea
         global_batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        num_warmup_steps=min(math.ceil(spec.warmup_fraction * num_steps), num_steps),
+        num_warmup_steps=min(math.ceil(spec.optimizer.warmup_fraction * num_steps), num_steps),
         validate_every_steps=_validate_every(spec, epochs, steps_per_epoch),
         step_seconds=step_seconds,
         step_seconds_measured={str(name): seconds for name, seconds in measured.step_seconds.items()},

@@ -36,6 +36,14 @@ class RankGroup:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        if self.num_ranks == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def from_first(self, value: Any) -> Any:
         """The first rank's value in all ranks; JSON."""
         if self.num_ranks == 1:

@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,28 @@ from ml.training.job import load_job
 from ml.training.loop import train
 from ml.training.probe import measure
 from ml.training.ranks import RankGroup
-from ml.training.spec import TrainSpec
+from ml.training.spec import Optimizer, TrainSpec
 from ml.training.stepping import Stepper
 from tests.ml.training.several_ranks import Interrupted, interrupt_at, rewind_to_checkpoint, train_in_ranks
 
 JOB = "tests.ml.training.toy_job:ToyJob"
 
 
+OF_OPTIMIZER = {field.name for field in fields(Optimizer)}
+
+
 def toy_spec(work_dir: Path, *, num_ranks: int = 1, epochs: int = 4, job: dict | None = None, **changes) -> TrainSpec:
     """203 rows in steps of 32: the last batch of an epoch has 11 rows, so ranks get 6 and 5."""
-    settings = {"learning_rate": 3e-3, "precision": "fp32", "checkpoint_every_steps": 5, "patience": 100, "epochs": epochs} | changes
+    settings = {"precision": "fp32", "checkpoint_every_steps": 5, "patience": 100, "epochs": epochs} | changes
+    optimizer = Optimizer(**({"learning_rate": 3e-3} | {name: settings.pop(name) for name in OF_OPTIMIZER if name in settings}))
     return TrainSpec(
-        job=JOB, job_arguments=job or {}, work_dir=work_dir, num_ranks=num_ranks, batch_size_per_rank=32 // num_ranks, **settings
+        job=JOB,
+        job_arguments=job or {},
+        work_dir=work_dir,
+        num_ranks=num_ranks,
+        batch_size_per_rank=32 // num_ranks,
+        optimizer=optimizer,
+        **settings,
     )
 
 
