@@ -1,11 +1,10 @@
 """In which number format a step computes. Weights and optimizer state stay in the model's own format."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16"]
+from ml.training.spec import PrecisionName as Precision
 
 # Below this gain bf16 costs exactness for nothing.
 SMALLEST_GAIN = 0.05
