@@ -15,10 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ml.errors import ConfigError
 from ml.events import MODEL_NAME_PATTERN, Cause
 from ml.solution import load_solution, solution_folder
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from ml.train_config import Section, TrainConfig
 
 
 class DataConfig(Section):
@@ -57,29 +54,6 @@ class SplitConfig(Section):
     test_fraction: float = Field(default=0.2, gt=0, lt=0.5)
     salt: str = "millstream"
     min_rows_per_class: int = Field(default=10, ge=3)
-
-
-class TrainConfig(Section):
-    """The supervised training loop. "auto" is decided once, from the data and the machine, and kept on resume."""
-
-    num_ranks: int = Field(default=2, ge=1, le=64)
-    batch_size_per_rank: int = Field(default=32, ge=1, le=4096)
-    epochs: Annotated[int, Field(ge=1, le=1000)] | Literal["auto"] = "auto"
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
-        default="auto", description="auto: small for a pretrained encoder, larger for random weights or a mostly new vocabulary"
-    )
-    warmup_fraction: float = Field(default=0.1, ge=0, le=0.9)
-    weight_decay: float = Field(default=0.01, ge=0)
-    gradient_clip: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    class_weights: Literal["auto", "none", "balanced"] = Field(
-        default="auto", description="auto: balanced when classes differ by more than 3:1"
-    )
-    checkpoint_every_steps: int = Field(default=50, ge=1)
-    validate_every_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = "epoch"
-    patience: int = Field(default=2, ge=1, description="validations without improvement of the loss before stopping")
-    heartbeat_timeout_seconds: float = Field(default=120, gt=0, description="a rank that is silent this long is lost")
-    max_restarts: int = Field(default=2, ge=0, description="restarts from the last checkpoint after a lost rank")
 
 
 class EvaluateConfig(Section):

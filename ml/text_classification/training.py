@@ -21,9 +21,10 @@ from ml.text_classification.encoders import fetch_encoder, has_trained_weights
 from ml.text_classification.model import save_torch_bundle
 from ml.text_classification.settings import TextClassifierConfig
 from ml.text_classification.tokenizer import prepare_tokenizer
+from ml.train_config import settings_of_training
 from ml.training.folders import read_json, write_json
 from ml.training.launcher import TrainOutcome, run_training
-from ml.training.spec import Optimizer, TrainSpec
+from ml.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,23 +223,9 @@ def _spec(ctx: TrainContext, settings: TextClassifierConfig, prepared: Prepared,
             "class_weights": prepared.class_weights,
         },
         work_dir=ctx.work_dir,
-        num_ranks=config.num_ranks,
-        batch_size_per_rank=config.batch_size_per_rank,
-        epochs=config.epochs,
-        optimizer=Optimizer(
-            learning_rate=choose_learning_rate(config.learning_rate, prepared),
-            warmup_fraction=config.warmup_fraction,
-            weight_decay=config.weight_decay,
-            gradient_clip=config.gradient_clip,
-        ),
-        precision=config.precision,
-        checkpoint_every_steps=config.checkpoint_every_steps,
-        validate_every_steps=config.validate_every_steps,
-        patience=config.patience,
+        **settings_of_training(config, learning_rate=choose_learning_rate(config.learning_rate, prepared)),
         seed=ctx.seed,
         budget_seconds=seconds_left,
-        heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-        max_restarts=config.max_restarts,
     )
 
 

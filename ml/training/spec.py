@@ -126,7 +126,7 @@ class TrainSpec:
         max_tokens_per_batch: of a global batch, padding included; batches of long rows then have fewer rows.
         precision: "auto" is bf16 where the hardware has it and a few measured steps are faster with it.
         compile: "auto" where a few measured steps gain more than compiling costs.
-        load_aware: ranks get rows of each batch by their measured speed, not equal shares.
+        load_aware: ranks get rows of each batch by their measured speed, not equal shares; sums are then in another order in each run.
         prefetch_batches: batches that are made ready in advance.
         poisoned_batch: what to do with a batch whose loss or gradient is not finite.
         max_poisoned_batches: after so many in a row the training ends with an error.
@@ -152,7 +152,7 @@ class TrainSpec:
     epochs: int | Literal["auto"] = "auto"
     precision: PrecisionName | Literal["auto"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    load_aware: bool = True
+    load_aware: bool = False
     prefetch_batches: int = 2
     poisoned_batch: PoisonPolicy = "skip"
     max_poisoned_batches: int = 3
