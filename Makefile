@@ -10,7 +10,7 @@ run_options = $(if $(SOLUTION),--solution "$(SOLUTION)") $(if $(NAME),--name "$(
 	$(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)") $(if $(LABEL),--label "$(LABEL)") $(if $(ENCODING),--encoding "$(ENCODING)") \
 	$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BUDGET_MINUTES),--budget-minutes "$(BUDGET_MINUTES)") $(foreach pair,$(SET),--set "$(pair)")
 
-.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak test-postgres check format bench-orchestration bench-events lock clean
+.PHONY: help run up down status logs predict lineage rollback retrain events clean-up test test-slow test-soak test-postgres check format bench-orchestration bench-events bench-training bench-gpu test-netns lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -71,6 +71,20 @@ bench-orchestration: $(VENV)/.dev ## what Prefect costs against a plain script: 
 
 bench-events: $(VENV)/.dev ## from an object that landed to user code, leg by leg: [TIMES=15]
 	$(BIN)/python -m benchmarks.bench_event_to_run --times $(or $(TIMES),15) --write
+
+bench-training: $(VENV)/.dev ## step time against a plain torchrun script, scaling, batching, load-aware shares, gradient sync, checkpoints
+	$(BIN)/python -m benchmarks.bench_training_overhead --write
+	$(BIN)/python -m benchmarks.bench_training_scaling --write
+	$(BIN)/python -m benchmarks.bench_batching --write
+	$(BIN)/python -m benchmarks.bench_load_aware --write
+	$(BIN)/python -m benchmarks.bench_gradient_sync --write
+	$(BIN)/python -m benchmarks.bench_checkpoints --write
+
+bench-gpu: $(VENV)/.dev ## tokens/s and MFU of transformers on one GPU
+	$(BIN)/python -m benchmarks.bench_gpu_transformer --write
+
+test-netns: $(VENV)/.dev ## several hosts in network namespaces; needs root
+	$(BIN)/python -m pytest -m netns --timeout=1200 -rs
 
 lock: $(VENV)/.dev ## resolve pyproject.toml into the lock files
 	$(BIN)/python infra/write_locks.py

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PIP_TOOLS = "pip-tools==7.6.0"
 # Installed before the locks by plain pip: its wheels differ by platform and bring their own CUDA libraries.
 NOT_LOCKED = ("torch==", "nvidia-", "triton==", "cuda-")
+# Plain Python that reads a GPU's meters; torch does not bring it.
+LOCKED = ("nvidia-ml-py==",)
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def write(target: Path, compiled: Path) -> None:
     skipping = False
     for line in compiled.read_text().splitlines():
         if not line.startswith(" "):
-            skipping = line.startswith(NOT_LOCKED)
+            skipping = line.startswith(NOT_LOCKED) and not line.startswith(LOCKED)
         if line.strip() and not line.startswith("#") and not skipping:
             lines.append(line)
     target.write_text("\n".join(lines) + "\n")

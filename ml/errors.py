@@ -10,7 +10,8 @@
     │   ├── WriteConflictError   somebody else moved the object first (If-Match failed)
     │   └── StorageUnavailableError   retryable
     ├── TrainingError            a rank failed for a reason that would repeat
-    │   └── WorkerLostError      a rank was killed or went silent                         retryable
+    │   ├── WorkerLostError      a rank was killed or went silent                         retryable
+    │   └── TrainingPreempted    asked to end early; a checkpoint was saved               retryable
     ├── CompressionError         one method failed; the run goes on without it
     ├── BundleError              a bundle is damaged, or of a version this code cannot read
     ├── DeploymentError          a version did not answer as it should
@@ -73,6 +74,16 @@ class WorkerLostError(TrainingError):
     """A training rank was killed or stopped reporting."""
 
     retryable = True
+
+
+class TrainingPreempted(TrainingError):
+    """A training was asked to end before it was done (SIGTERM) and saved a checkpoint; run again, it loses no step.
+
+    `exit_code` is EX_TEMPFAIL of sysexits.h: schedulers can tell it from a failure.
+    """
+
+    retryable = True
+    exit_code = 75
 
 
 class CompressionError(MillstreamError):

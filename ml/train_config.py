@@ -21,7 +21,9 @@ class ParallelismConfig(Section):
     )
     tensor_ranks: int = Field(default=2, ge=2, le=64, description="ranks over which each layer's matrices are split")
     pipeline_ranks: int = Field(default=2, ge=2, le=64, description="stages of consecutive layers")
-    pipeline_schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    pipeline_schedule: Literal["gpipe", "1f1b"] = Field(
+        default="1f1b", description="1f1b holds fewer microbatches in memory; the result is the same"
+    )
     microbatches: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default="auto", description="parts of a batch that are under way in a pipeline at once; auto: twice the stages"
     )
@@ -39,7 +41,7 @@ class GradientSyncConfig(Section):
     hook: Literal["none", "fp16", "bf16", "powersgd"] = Field(
         default="none", description="compression of what travels; all but none change the gradient; bf16 needs NCCL"
     )
-    powersgd_rank: int = Field(default=4, ge=1, le=1024)
+    powersgd_rank: int = Field(default=4, ge=1, le=1024, description="of the two factors that travel in place of a matrix")
     accumulation_steps: int = Field(default=1, ge=1, le=1024, description="passes over parts of a batch before the gradient travels once")
 
 

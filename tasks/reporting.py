@@ -22,6 +22,7 @@ from ml.runs import Run, finish_run
 from ml.settings import load_settings
 from ml.storage.artifacts import ArtifactStore
 from ml.storage.connect import open_artifact_store
+from ml.training.history import settled
 from tasks.options import artifact_key
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def _show_on_run_page(outcome: PipelineOutcome, history: list[dict[str, Any]]) -
 def _history(store: ArtifactStore, records: RunRecords) -> list[dict[str, Any]]:
     if records.trained is None:
         return []
-    return [json.loads(line) for line in store.get_bytes(records.trained.history).splitlines()]
+    return settled(json.loads(line) for line in store.get_bytes(records.trained.history).splitlines())
 
 
 def _addresses(run: Run, folder: Path) -> Addresses:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 
 from ml.artifacts import BaselineModel, SplitDataset, TrainedModel
 from ml.evaluation.quality import scores_to_frame
@@ -72,22 +73,21 @@ def _train(run: Run, splits: SplitDataset, store: ArtifactStore, key: str) -> Tr
     output_dir = work_dir / "bundle"
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
-    result = spec.train(
-        TrainContext(
-            solution=config.solution,
-            train_table=store.get_file(splits.train, work_dir / "train.parquet"),
-            validation_table=store.get_file(splits.validation, work_dir / "validation.parquet"),
-            splits=splits,
-            config=config.train,
-            model=spec.model_config.model_validate(config.model),
-            budget_seconds=config.budget_minutes * 60 * TRAINING_SHARE_OF_BUDGET,
-            seed=config.seed,
-            work_dir=work_dir,
-            output_dir=output_dir,
-            checkpoints=StoredCheckpoints(store, key),
-            report=TrainingProgress(),
-        )
+    context = TrainContext(
+        solution=config.solution,
+        train_table=store.get_file(splits.train, work_dir / "train.parquet"),
+        validation_table=store.get_file(splits.validation, work_dir / "validation.parquet"),
+        splits=splits,
+        config=config.train,
+        model=spec.model_config.model_validate(config.model),
+        budget_seconds=config.budget_minutes * 60 * TRAINING_SHARE_OF_BUDGET,
+        seed=config.seed,
+        work_dir=work_dir,
+        output_dir=output_dir,
+        checkpoints=StoredCheckpoints(store, key, keep_last=config.train.keep_last_checkpoints),
     )
+    with TrainingProgress(config.name, work_dir, load_settings().state_dir / "metrics") as progress:
+        result = spec.train(replace(context, report=progress))
     return TrainedModel(
         bundle=store.put_folder(output_dir),
         history=store.put_file(result.history_path),

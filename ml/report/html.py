@@ -14,6 +14,7 @@ from ml.artifacts import Interval
 from ml.outcome import UNCOMPRESSED_NAME, ModelRow, PipelineOutcome
 from ml.report.comparison import Comparison, clause_title, compare, half_width, metric_title
 from ml.report.confusion import Confusion, describe_confusion
+from ml.report.training_words import early_stop, early_stop_words
 from ml.report.words import STATUS_WORDS, byte_size, cause_words, count, duration, plain
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +45,7 @@ def render_report(
 
     comparison = compare(outcome)
     training = outcome.training
+    stop = early_stop(history, training.plan)
     pictures = {
         "loss": loss_curve(history, training.best_step, training.resumed_from_step),
         "validation": validation_curve(history, training.best_step),
@@ -65,8 +67,9 @@ def render_report(
         ratio_cell=_ratio,
         # Drawn by us from numbers and escaped names, so it may stand in the page as it is.
         pictures={name: Markup(svg) if svg else None for name, svg in pictures.items()},  # noqa: S704
+        early_stopping=early_stop_words(stop) if stop else None,
         latency_words=describe_latency_quality(comparison),
-        events=[line["message"] for line in history if line.get("kind") == "event" and "message" in line],
+        events=[line["message"] for line in history if "message" in line],
         summary=summary,
         confusions=_confusions(outcome, confusions, labels),
         max_objects=MAX_LISTED_OBJECTS,

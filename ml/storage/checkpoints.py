@@ -1,19 +1,23 @@
 """Checkpoints in object storage: what a training resumes from when its machine is gone.
 
 A checkpoint is a folder of files and a `manifest.json` that lists them with their digests. The manifest is written
-last and deleted first, so a checkpoint without one is not there, whatever files lie around.
+last and deleted first, so a checkpoint without one is not there, whatever files lie around. What was uploaded is read back and
+compared before the manifest is written, and compared again by whoever downloads it.
+
+A second copy elsewhere is a second `StoredCheckpoints` on another store: both are a `CheckpointStore`.
 """
 
 import logging
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from ml.artifacts import Record
-from ml.errors import ObjectNotFoundError
+from ml.errors import DigestMismatchError, ObjectNotFoundError
 from ml.storage import keys
 from ml.storage.artifacts import ArtifactStore, digest_file
 
@@ -32,22 +36,39 @@ class CheckpointManifest(Record):
     files: dict[str, str]
 
 
+@dataclass(frozen=True)
+class BackupCheck:
+    """What reading a stored checkpoint again has found; `damage` is None when every byte is as it was written."""
+
+    step: int
+    damage: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.damage is None
+
+
 class StoredCheckpoints:
     """The checkpoints of one training, in the `runs` bucket. Implements `ml.solution.CheckpointStore`.
 
+    Each holds the best weights so far as one of its files, so keeping the last ones keeps the best.
+
     Args:
         stage_key: of the training stage; a training of other data or settings has another.
+        keep_last: how many are kept.
     """
 
-    def __init__(self, store: ArtifactStore, stage_key: str):
+    def __init__(self, store: ArtifactStore, stage_key: str, *, keep_last: int = NUM_KEPT):
+        self._keep_last = keep_last
         self._objects = store.objects
         self._bucket = store.runs_bucket
         self._stage_key = stage_key
 
     def push(self, step: int, folder: Path) -> None:
-        """Copy a committed checkpoint folder; its manifest is written last. Older steps beyond the last two go.
+        """Copy a committed checkpoint folder; its manifest is written last. Older steps beyond the last ones go.
 
         Raises:
+            DigestMismatchError: the store gives back other bytes than it was given; the checkpoint is then not there.
             StorageError: a file could not be written; the checkpoint is then not there, the older ones are.
         """
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -61,6 +82,8 @@ class StoredCheckpoints:
         self._objects.delete(self._bucket, self._key(step, MANIFEST))
         for name, path in files.items():
             self._objects.put(self._bucket, self._key(step, name), path)
+        if damage := self._damage(manifest):
+            raise DigestMismatchError(f"checkpoint of step {step} was uploaded, but in the store {damage}; look at the store's disks")
         self._objects.put(self._bucket, self._key(step, MANIFEST), manifest.model_dump_json(indent=1).encode())
         self._delete_older_steps(step)
 
@@ -78,24 +101,47 @@ class StoredCheckpoints:
                 return step
         return None
 
+    def verify_backups(self) -> list[BackupCheck]:
+        """Read every stored checkpoint again and compare it with its manifest. Oldest first; costs a download of each.
+
+        Raises:
+            StorageUnavailableError: the store does not answer, which says nothing about the checkpoints.
+        """
+        checks = []
+        for step in sorted(self._steps()):
+            manifest = self._read_manifest(step)
+            checks.append(BackupCheck(step, "its manifest is missing or damaged" if manifest is None else self._damage(manifest)))
+        return checks
+
+    def _damage(self, manifest: CheckpointManifest) -> str | None:
+        """What differs between a manifest and the stored files, which pass through a temporary folder one at a time."""
+        for name, sha256 in manifest.files.items():
+            with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+                if damage := self._download_file(manifest.step, name, sha256, Path(temporary)):
+                    return damage
+        return None
+
     def _download(self, manifest: CheckpointManifest, target: Path) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as temporary:
             folder = Path(temporary) / target.name
             folder.mkdir()
             for name, sha256 in manifest.files.items():
-                try:
-                    self._objects.download(self._bucket, self._key(manifest.step, name), folder / name)
-                except ObjectNotFoundError:
-                    logger.warning("checkpoint of step %d is skipped: its file %s is missing", manifest.step, name)
-                    return False
-                if digest_file(folder / name) != sha256:
-                    logger.warning("checkpoint of step %d is skipped: its file %s is damaged (sha256 differs)", manifest.step, name)
+                if damage := self._download_file(manifest.step, name, sha256, folder):
+                    logger.warning("checkpoint of step %d is skipped: %s", manifest.step, damage)
                     return False
             if target.exists():
                 shutil.rmtree(target)
             folder.replace(target)
         return True
+
+    def _download_file(self, step: int, name: str, sha256: str, folder: Path) -> str | None:
+        """Download a file; what is wrong with it, or None."""
+        try:
+            self._objects.download(self._bucket, self._key(step, name), folder / name)
+        except ObjectNotFoundError:
+            return f"its file {name} is missing"
+        return None if digest_file(folder / name) == sha256 else f"its file {name} is damaged (sha256 differs)"
 
     def _read_manifest(self, step: int) -> CheckpointManifest | None:
         try:
@@ -115,11 +161,11 @@ class StoredCheckpoints:
             self._objects.delete(self._bucket, info.key)
 
     def _delete_older_steps(self, pushed: int) -> None:
-        """Keep the last two whole checkpoints up to the one just pushed, and whatever is newer."""
+        """Keep the last whole checkpoints up to the one just pushed, and whatever is newer."""
         steps = self._steps()
         whole = sorted((step for step, names in steps.items() if MANIFEST in names and step <= pushed), reverse=True)
         for step, names in steps.items():
-            if step < pushed and step not in whole[:NUM_KEPT]:
+            if step < pushed and step not in whole[: self._keep_last]:
                 for name in sorted(names, key=lambda name: name != MANIFEST):
                     self._objects.delete(self._bucket, self._key(step, name))
 

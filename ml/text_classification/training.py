@@ -105,6 +105,15 @@ def train_text_classifier(ctx: TrainContext) -> TrainResult:
     )
 
 
+def training_spec(ctx: TrainContext) -> TrainSpec:
+    """Prepare the texts in `ctx.work_dir` and say what to train: for those who launch the ranks themselves (`ml.training_file`)."""
+    settings = ctx.model
+    assert isinstance(settings, TextClassifierConfig)  # noqa: S101 - as above
+    started = time.monotonic()
+    prepared = _prepare(ctx, settings)
+    return _spec(ctx, settings, prepared, seconds_left=ctx.budget_seconds - (time.monotonic() - started))
+
+
 def _prepare(ctx: TrainContext, settings: TextClassifierConfig) -> Prepared:
     """Tokenize both splits into arrays; what a killed training prepared from the same input is kept."""
     import pandas as pd

@@ -6,17 +6,21 @@ Imported in the ranks only; torch and transformers are loaded with it.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import nn
 
 from ml.errors import TrainingError
 from ml.storage.artifacts import digest_file
+from ml.text_classification.encoders import read_config
 from ml.text_classification.model import build_classifier
+from ml.text_classification.parallel_plan import parallel_plan
 from ml.text_classification.settings import TextClassifierConfig
-from ml.training.job import RowLosses, Split
+from ml.training.job import ParallelPlan, RowLosses, Split
 
 ARRAYS_FILE = "tokens.safetensors"
 PREPARED_FILE = "prepared.json"
@@ -68,11 +72,12 @@ class TextClassificationJob:
         arrays_path = prepared / ARRAYS_FILE
         if digest_file(arrays_path) != arrays_sha256:
             raise TrainingError(f"{arrays_path} is not the file that was prepared (sha256 differs); delete {prepared} and run again")
-        arrays = load_file(arrays_path)
+        # Mapped into memory: rows are read when they are needed, by all ranks from the same pages.
+        arrays: Any = safe_open(arrays_path, "np")
         splits: tuple[Split, ...] = ("train", "validation")
-        self._ids = {split: arrays[f"{split}.ids"] for split in splits}
-        self._offsets = {split: arrays[f"{split}.offsets"] for split in splits}
-        self._targets = {split: arrays[f"{split}.targets"] for split in splits}
+        self._ids = {split: arrays.get_slice(f"{split}.ids") for split in splits}
+        self._offsets = {split: arrays.get_tensor(f"{split}.offsets") for split in splits}
+        self._targets = {split: arrays.get_tensor(f"{split}.targets") for split in splits}
         self.lengths = {split: np.diff(self._offsets[split]) for split in splits}
         self.train_strata = self._targets["train"]
         self._encoder_dir = Path(json.loads((prepared / PREPARED_FILE).read_bytes())["encoder_dir"])
@@ -85,13 +90,16 @@ class TextClassificationJob:
     def build_model(self, seed: int) -> nn.Module:
         return build_classifier(self._encoder_dir, self._num_labels, self._model_settings, vocab_size=self._vocab_size, seed=seed).train()
 
+    def parallel_plan(self) -> ParallelPlan:
+        return parallel_plan(read_config(self._encoder_dir), self._pad_id)
+
     def batch(self, split: Split, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, T) int64, padded on the right to the longest row; `targets` (B,) int64."""
         lengths = self.lengths[split][rows]
         longest = max(int(lengths.max()), 1)
         input_ids = np.full((len(rows), longest), self._pad_id, dtype=np.int64)
         for index, row in enumerate(rows):
-            start, end = self._offsets[split][row : row + 2]
+            start, end = self._offsets[split][row : row + 2].tolist()
             input_ids[index, : end - start] = self._ids[split][start:end]
         attention_mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         return {

@@ -1,11 +1,8 @@
-"""One rank, started by torchrun: `-m ml.training --spec <spec.json> --attempt <folder> --launched <unix time>`."""
+"""`python -m ml.training --spec <file>`, see `command_line`."""
 
-from ml.training.processes import die_with_parent
+import sys
+
+from ml.training.command_line import main
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds in which the launcher may die.
-    die_with_parent()
-
-    from ml.training.worker import main
-
-    main()
+    sys.exit(main())

@@ -1,25 +1,78 @@
-"""Finding and clearing checkpoint folders. Needs no torch, so the launcher can use it."""
+"""Finding, checking and clearing checkpoint folders. Needs no torch, so the launcher can use it.
 
+`state.json` is written last and lists every other file with its size and SHA-256. A folder gets its name when it is whole, so
+only what happens afterwards (a disk that lost bytes, a copy that was cut off) can make one that is not.
+"""
+
+import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
-from ml.training.folders import read_json, step_of
+from ml.training.folders import step_of
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 HISTORY_FILE = "history.jsonl"
 BEST_FILE = "best.safetensors"
-NUM_KEPT = 2
+
+WRITING_PREFIX = ".writing-"
+REPLACED_PREFIX = ".replaced-"
+DAMAGED_PREFIX = "damaged-"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: every file that its `state.json` lists is there with its size."""
-    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
-        if _is_whole(path):
+    """The newest whole checkpoint by a quick look: every file that its `state.json` lists is there with its size."""
+    for path in _newest_first(folder):
+        damage = find_damage(path, read_bytes=False)
+        if damage is None:
             return path
-        logger.warning("%s is damaged (a file is missing or cut off) and is passed over", path)
+        logger.warning("%s is damaged (%s) and is passed over", path, damage)
+    return None
+
+
+def verified_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose bytes are those that were written: what a training is resumed from.
+
+    Damaged ones are renamed to `damaged-step-<n>`, so that every rank, which only looks quickly, finds the same. Reads every
+    byte of what it returns.
+    """
+    for path in _newest_first(folder):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        aside = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
+        logger.warning("%s is damaged (%s) and is passed over; it is kept as %s until the next checkpoint", path, damage, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return None
+
+
+def find_damage(checkpoint: Path, *, read_bytes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when it is whole.
+
+    Args:
+        read_bytes: compare digests too, not only sizes.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((checkpoint / STATE_FILE).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE_FILE} cannot be read: {error}"
+    for name, expected in files.items():
+        path = checkpoint / name
+        try:
+            num_bytes = path.stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if not isinstance(expected, dict):
+            continue  # an older format, which whoever reads it refuses by its number
+        if num_bytes != expected["bytes"]:
+            return f"{name} has {num_bytes} bytes, not {expected['bytes']}"
+        if read_bytes and _sha256(path) != expected["sha256"]:
+            return f"{name} has other bytes than were written, its SHA-256 differs"
     return None
 
 
@@ -28,24 +81,23 @@ def step_of_checkpoint(path: Path | None) -> int:
     return _step(path) if path is not None else 0
 
 
-def prune_checkpoints(folder: Path) -> None:
-    """Delete all but the newest `NUM_KEPT`, and what a kill left half-written."""
-    for path in sorted(_checkpoints(folder), key=_step, reverse=True)[NUM_KEPT:]:
+def prune_checkpoints(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last`, and what a kill left half-written or damage set aside."""
+    for path in _newest_first(folder)[keep_last:]:
         shutil.rmtree(path)
-    for path in folder.glob(".writing-*"):
-        shutil.rmtree(path)
+    for prefix in (WRITING_PREFIX, REPLACED_PREFIX, DAMAGED_PREFIX):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if step_of(path) is not None]
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if step_of(path) is not None), key=_step, reverse=True)
 
 
 def _step(path: Path) -> int:
     return step_of(path) or 0
 
 
-def _is_whole(path: Path) -> bool:
-    state = read_json(path / STATE_FILE)
-    if state is None:
-        return False
-    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in state["files"].items())
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,17 @@
 """The layout of a training's work folder. Every path in it is built here.
 
-lock                          held by the one launcher that may use the folder
+lock                          held by the one launcher that may use the folder; lock-<node> where several machines train together
 spec.json                     what is trained
 plan.json                     what was decided from the data and the machine; never changes once written
 history.jsonl                 one line per step, validation and event
 checkpoints/step-<8 digits>/  complete by construction: renamed into place when whole
 best/step-<8 digits>.safetensors   best weights so far; checkpoints hold hard links to them
 uploading/step-<n>/           hard links to a checkpoint that is being copied away, so that pruning cannot disturb it
-attempts/<n>/                 one launch of torchrun: its log, and per rank `.json` (pid), `.beat`, `.error.json`
+attempts/<n>/                 one launch of torchrun: its spec and log, and per rank of this machine `.json` (pid), `.beat`, `.error.json`
+attempts/node-<r>/<n>/        the same of one of several machines
+metrics/rank-<n>.jsonl        what the machine did, see `meters`
+compiled/                     code that torch.compile made
+preempted.json                the training was asked to end and saved this step; gone again once it goes on
 result/                       weights.safetensors, and result.json, whose existence means that the training is done
 """
 
@@ -25,7 +29,6 @@ class WorkFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.lock = root / "lock"
         self.spec = root / "spec.json"
         self.plan = root / "plan.json"
         self.history = root / "history.jsonl"
@@ -33,6 +36,9 @@ class WorkFolder:
         self.best = root / "best"
         self.uploading = root / "uploading"
         self.attempts = root / "attempts"
+        self.metrics = root / "metrics"
+        self.compiled_code = root / "compiled"
+        self.preempted = root / "preempted.json"
         self.result_weights = root / "result" / "weights.safetensors"
         self.result = root / "result" / "result.json"
 
@@ -42,18 +48,27 @@ class WorkFolder:
     def best_weights(self, step: int) -> Path:
         return self.best / f"step-{step:08d}.safetensors"
 
-    def new_attempt(self) -> "AttemptFolder":
-        numbers = [int(path.name) for path in self.attempts.glob("*") if path.name.isdigit()]
-        folder = self.attempts / f"{max(numbers, default=0) + 1:04d}"
+    def lock(self, node: int | None) -> Path:
+        """
+        Args:
+            node: of several machines; None where there is one.
+        """
+        return self.root / ("lock" if node is None else f"lock-{node}")
+
+    def new_attempt(self, node: int | None = None) -> "AttemptFolder":
+        attempts = self.attempts if node is None else self.attempts / f"node-{node}"
+        numbers = [int(path.name) for path in attempts.glob("*") if path.name.isdigit()]
+        folder = attempts / f"{max(numbers, default=0) + 1:04d}"
         folder.mkdir(parents=True)
         return AttemptFolder(folder)
 
 
 class AttemptFolder:
-    """What one launch of torchrun and its ranks leave behind."""
+    """What one launch of torchrun and its ranks leave behind. Ranks are counted within the machine."""
 
     def __init__(self, root: Path):
         self.root = root
+        self.spec = root / "spec.json"
         self.log = root / "torchrun.log"
         self.rendezvous = root / "rendezvous"
         self.store = root / "store"

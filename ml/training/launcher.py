@@ -5,35 +5,35 @@ import fcntl
 import json
 import logging
 import os
-import re
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from ml.errors import TrainingError, WorkerLostError
-from ml.training.checkpoint_folders import HISTORY_FILE, newest_checkpoint, step_of_checkpoint
+from ml.errors import TrainingError, TrainingPreempted, WorkerLostError
+from ml.training.checkpoint_folders import HISTORY_FILE, newest_checkpoint, step_of_checkpoint, verified_checkpoint
 from ml.training.folders import AttemptFolder, WorkFolder, read_json
-from ml.training.history import HistoryTail, HistoryWriter, Report, rewind
-from ml.training.processes import PARENT_VARIABLE, end_group, rank_processes, usable_cores
+from ml.training.history import HistoryTail, HistoryWriter, Report, read_history, restore_history, resumptions
+from ml.training.nodes import Place, check_nodes, find_place, node_of, num_local_ranks, rendezvous_arguments
+from ml.training.processes import PARENT_VARIABLE, end_group, heeding_sigterm, usable_cores
 from ml.training.spec import TrainSpec
 from ml.training.uploads import CheckpointSink, CheckpointUploads
+from ml.training.watching import Failure, RankWatch, error_of_a_rank, explain_end
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+# Each look goes through the folders of all machines, which may lie on a file server.
+ERROR_POLL_SECONDS = 2.0
+# So late a file server may show what another machine wrote.
+FILE_SERVER_SECONDS = 60.0
 GRACE_SECONDS = 10.0
-# Importing torch and building a large model take longer than a step, more so on a busy machine.
-START_SECONDS = 300.0
-NUM_LOG_LINES_SHOWN = 15
-
-_FAILED_RANK = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
+# What ranks get to finish a step and save a checkpoint when they are asked to end.
+STOP_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class TrainOutcome:
     Args:
         weights_path: safetensors of the best validation loss, see `checkpoint.load_weights`.
         resumed_from_step: the checkpoint that the last interruption went back to; 0 when there was none.
-        num_recomputed_steps: finished steps that were lost with an interruption and done again, over all of them.
+        num_poisoned_batches: left out, because loss or gradient were not finite.
+        num_recomputed_steps: finished steps that were lost with an interruption and done again, over all interruptions.
         seconds: time spent training, interruptions and start-up not counted.
     """
 
@@ -55,6 +56,8 @@ class TrainOutcome:
     best_step: int
     best_loss: float
     best_accuracy: float | None
+    best_recall: float | None
+    num_poisoned_batches: int
     resumed_from_step: int
     num_recomputed_steps: int
     seconds: float
@@ -62,166 +65,192 @@ class TrainOutcome:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why an attempt ended without a result. `repeats` when trying again would end the same way."""
-
-    message: str
-    repeats: bool
-
-
 def run_training(spec: TrainSpec, report: Report = lambda record: None, checkpoints: CheckpointSink | None = None) -> TrainOutcome:
     """Train in `spec.num_ranks` processes and return when they are done and gone.
 
+    Of several machines each calls this for its own ranks, with the same spec but `nodes.rank`, and the same work folder.
+
     Goes on from the newest checkpoint in the work folder, else from that in `checkpoints`. A training that is done
     already is not done again. However this function ends, and also when its process is killed, no rank lives on.
+    On an exception from `report`, on KeyboardInterrupt and on SIGTERM (unless the program handles that itself) the ranks
+    finish their step and save a checkpoint first, if they can in `STOP_GRACE_SECONDS`.
 
     Args:
         report: called with each line of the history that is written from now on, in this thread. An exception from it ends the training.
         checkpoints: where to copy each checkpoint to, and to look for one to go on from.
 
     Raises:
+        ConfigError: the machines and ranks of the spec do not go together.
         TrainingError: a rank raised an error, the loss is not finite, or another launcher uses the work folder.
-        WorkerLostError: ranks were killed or went silent more than `spec.max_restarts` times.
+        TrainingPreempted: SIGTERM came, to this process or to a rank, and the training is not done.
+        WorkerLostError: ranks were killed or went silent, or machines were lost, more than `spec.max_restarts` times.
     """
+    check_nodes(spec)
     work = WorkFolder(spec.work_dir)
     spec.work_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(work.lock):
-        if read_json(work.result) is None:
-            return _train(spec, work, report, checkpoints)
-        logger.info("training in %s is done already; keeping its result", work.root)
-        _check_is_ours(spec, work)
-        return _outcome(work, resumed_from_step=0, num_recomputed_steps=0)
+    with _locked(work.lock(node_of(spec))):
+        if read_json(work.result) is not None:
+            logger.info("training in %s is done already; keeping its result", work.root)
+            _check_is_ours(spec, work)
+            return outcome_of(work)
+        with heeding_sigterm() as stop:
+            return _train(spec, work, report, checkpoints, stop)
 
 
-def _train(spec: TrainSpec, work: WorkFolder, report: Report, checkpoints: CheckpointSink | None) -> TrainOutcome:
+def describe_launch(spec: TrainSpec) -> dict[str, Any]:
+    """The command that `run_training` would start on this machine and what it adds to the environment; nothing is started."""
+    place = Place("<this machine's address>", "<its interface>") if spec.nodes.count > 1 else None
+    attempts = WorkFolder(spec.work_dir).attempts
+    attempt = AttemptFolder((attempts if node_of(spec) is None else attempts / f"node-{node_of(spec)}") / "<n>")
+    environment = _environment(spec, place)
+    return {
+        "command": _command(spec, attempt, time.time(), place),
+        "environment": {name: value for name, value in environment.items() if os.environ.get(name) != value},
+    }
+
+
+def _train(spec: TrainSpec, work: WorkFolder, report: Report, checkpoints: CheckpointSink | None, stop: threading.Event) -> TrainOutcome:
     launched = time.time()
-    work.spec.write_text(spec.to_json(), encoding="utf-8")
-    if newest_checkpoint(work.checkpoints) is None and checkpoints is not None:
-        checkpoints.pull_latest(work.checkpoints)
-    resumed_from_step = num_recomputed_steps = num_restarts = 0
-    failure: Failure | None = None
+    # Of several machines the first one does what is to be done once.
+    is_first = spec.nodes.rank == 0
+    if is_first:
+        work.spec.write_text(spec.to_json(), encoding="utf-8")
+        if verified_checkpoint(work.checkpoints) is None and checkpoints is not None:
+            checkpoints.pull_latest(work.checkpoints)
+    num_restarts = 0
     while True:
-        checkpoint = newest_checkpoint(work.checkpoints)
-        lost = rewind(work.history, step_of_checkpoint(checkpoint), checkpoint / HISTORY_FILE if checkpoint else None)
-        resumed_from_step = step_of_checkpoint(checkpoint)
-        num_recomputed_steps += lost
+        # Every byte is read once, by one machine; the ranks then only look.
+        checkpoint = (verified_checkpoint if is_first else newest_checkpoint)(work.checkpoints)
+        if is_first and checkpoint is not None:
+            restore_history(work.history, step_of_checkpoint(checkpoint), checkpoint / HISTORY_FILE)
         tail = HistoryTail(work.history, report)
-        _note_start(work, failure, resumed_from_step, lost)
+        preempted_before = read_json(work.preempted)
         with contextlib.ExitStack() as stack:
-            if checkpoints is not None:
-                stack.enter_context(CheckpointUploads(work, checkpoints, pushed_step=resumed_from_step))
-            failure = _attempt(spec, work, tail, launched)
+            if is_first and checkpoints is not None:
+                stack.enter_context(CheckpointUploads(work, checkpoints, pushed_step=step_of_checkpoint(checkpoint)))
+            failure = _attempt(spec, work, tail, launched, stop)
         if failure is None:
-            return _outcome(work, resumed_from_step=resumed_from_step, num_recomputed_steps=num_recomputed_steps)
+            return outcome_of(work)
+        preempted = read_json(work.preempted)
+        if preempted is not None and preempted != preempted_before:
+            raise TrainingPreempted(
+                f"the training in {work.root} was asked to end ({preempted['why']}) and saved step {preempted['step']}; "
+                "run the same again to go on from there, no step is lost"
+            )
+        if stop.is_set():
+            saved = step_of_checkpoint(newest_checkpoint(work.checkpoints))
+            raise TrainingPreempted(
+                f"the training in {work.root} was asked to end (SIGTERM); its ranks were starting, or took longer than "
+                f"{STOP_GRACE_SECONDS:.0f} s for a step and a checkpoint. Run the same again to go on from step {saved}"
+            )
         if failure.repeats:
             raise TrainingError(failure.message)
         num_restarts += 1
-        if num_restarts > spec.max_restarts:
+        if failure.exhausted or num_restarts > spec.max_restarts:
             raise WorkerLostError(
                 f"{failure.message}. Restarted {spec.max_restarts} times; run again to go on from the last checkpoint in {work.root}"
             )
         logger.warning("%s; restart %d of %d", failure.message, num_restarts, spec.max_restarts)
+        if is_first:
+            with HistoryWriter(work.history) as history:
+                history.event(failure.message)
 
 
-def _attempt(spec: TrainSpec, work: WorkFolder, tail: HistoryTail, launched: float) -> Failure | None:
+def _attempt(spec: TrainSpec, work: WorkFolder, tail: HistoryTail, launched: float, stop: threading.Event) -> Failure | None:
     """One launch of torchrun, watched to its end; None when the training is done."""
-    attempt = work.new_attempt()
+    place = find_place(spec.nodes) if spec.nodes.count > 1 else None
+    attempt = work.new_attempt(node_of(spec))
+    attempt.spec.write_text(spec.to_json(), encoding="utf-8")
     with attempt.log.open("wb") as log:
         # In a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then ends the group.
         leader = subprocess.Popen(
-            _command(spec, work, attempt, launched),
-            env={**os.environ, **_environment(spec)},
+            _command(spec, attempt, launched, place),
+            env=_environment(spec, place),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        grace_seconds = GRACE_SECONDS
+        grace_seconds = STOP_GRACE_SECONDS
         try:
-            silent = _watch(spec, work, attempt, leader, tail)
-            # A rank that hangs does not heed TERM.
-            grace_seconds = GRACE_SECONDS if silent is None else 0.0
+            failure = _watch(spec, work, attempt, leader, tail, stop)
+            if work.result.exists():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    leader.wait(GRACE_SECONDS)
+                grace_seconds = GRACE_SECONDS
+            elif failure is not None:
+                # A rank that hangs does not heed TERM.
+                grace_seconds = 0.0
         finally:
-            end_group(leader, rank_processes(attempt, spec.num_ranks), grace_seconds)
+            end_group(leader, attempt, num_local_ranks(spec), grace_seconds)
+    if leader.returncode == 0 and spec.nodes.count > 1:
+        _wait_for_result(work)
     tail.poll()
     # torchrun may return 1 after ranks that did all they should: the result alone decides.
     if read_json(work.result) is not None:
         return None
-    return silent or _explain(spec, attempt, leader.returncode)
+    return failure or explain_end(spec, work, attempt, leader.returncode)
 
 
-def _watch(spec: TrainSpec, work: WorkFolder, attempt: AttemptFolder, leader: subprocess.Popen, tail: HistoryTail) -> Failure | None:
-    """Follow the ranks until the result is there or torchrun has ended (None), or a rank has been silent for too long."""
-    started = time.time()
-    while leader.poll() is None and not work.result.exists():
+def _watch(
+    spec: TrainSpec, work: WorkFolder, attempt: AttemptFolder, leader: subprocess.Popen, tail: HistoryTail, stop: threading.Event
+) -> Failure | None:
+    """Follow the ranks until the result is there, torchrun has ended or an end is asked for (None), or something is wrong."""
+    watch = RankWatch(spec, attempt)
+    errors_looked_for = time.monotonic()
+    while leader.poll() is None and not work.result.exists() and not stop.is_set():
         tail.poll()
-        for rank in range(spec.num_ranks):
-            try:
-                last_sign, limit = attempt.rank_beat(rank).stat().st_mtime, spec.heartbeat_timeout_seconds
-            except FileNotFoundError:
-                last_sign, limit = started, max(START_SECONDS, spec.heartbeat_timeout_seconds)
-            if time.time() - last_sign > limit:
-                return Failure(f"{_silent_ranks(spec, attempt, rank)} gave no sign of life for {limit:.0f} s and was ended", repeats=False)
+        failure = watch.look()
+        # On one machine torchrun ends by itself; on several it would start a rank that raised an error again.
+        if failure is None and spec.nodes.count > 1 and time.monotonic() - errors_looked_for > ERROR_POLL_SECONDS:
+            failure, errors_looked_for = error_of_a_rank(work, attempt), time.monotonic()
+        if failure is not None:
+            return failure
         time.sleep(POLL_SECONDS)
     return None
 
 
-def _silent_ranks(spec: TrainSpec, attempt: AttemptFolder, rank: int) -> str:
-    """The rank to blame: one that hangs silences all others, which wait for it. A stopped process gives itself away."""
-    for other in range(spec.num_ranks):
-        record = read_json(attempt.rank_process(other))
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if record is not None and psutil.Process(record["pid"]).status() == psutil.STATUS_STOPPED:
-                return f"rank {other} (stopped, pid {record['pid']})"
-    return f"rank {rank}"
+def _wait_for_result(work: WorkFolder) -> None:
+    """The ranks are done, so the first one has written it, maybe on another machine."""
+    deadline = time.monotonic() + FILE_SERVER_SECONDS
+    while not work.result.exists() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
-def _explain(spec: TrainSpec, attempt: AttemptFolder, return_code: int) -> Failure:
-    """Tell a rank that raised an error from one that was killed. Ranks that only miss another one explain nothing."""
-    errors = [error for rank in range(spec.num_ranks) if (error := read_json(attempt.rank_error(rank))) is not None]
-    for error in errors:
-        if not error["lost_peer"]:
-            return Failure(f"rank {error['rank']} failed: {error['message']} (log: {attempt.log})", repeats=True)
-    log = attempt.log.read_text(encoding="utf-8", errors="replace")
-    killed = [(rank, -int(exit_code)) for rank, exit_code in _FAILED_RANK.findall(log) if int(exit_code) < 0]
-    if killed:
-        # torchrun ends the other ranks by TERM and lists them too, in any order.
-        rank, number = min(killed, key=lambda item: item[1] == signal.SIGTERM)
-        return Failure(f"rank {rank} was killed by signal {number} (log: {attempt.log})", repeats=False)
-    if errors:
-        return Failure(f"rank {errors[0]['rank']} lost another rank: {errors[0]['message']} (log: {attempt.log})", repeats=False)
-    tail = "\n".join(log.splitlines()[-NUM_LOG_LINES_SHOWN:])
-    return Failure(f"torchrun ended with exit code {return_code} and no rank said why (log: {attempt.log}):\n{tail}", repeats=False)
-
-
-def _command(spec: TrainSpec, work: WorkFolder, attempt: AttemptFolder, launched: float) -> list[str]:
+def _command(spec: TrainSpec, attempt: AttemptFolder, launched: float, place: Place | None) -> list[str]:
+    if place is None:
+        meeting = [
+            *("--nnodes", "1", "--nproc-per-node", str(spec.num_ranks), "--max-restarts", "0"),
+            # Through files: torchrun's TCP store would listen on every interface.
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(attempt.rendezvous), "--rdzv-conf", "store_type=file"),
+            *("--rdzv-id", attempt.root.name, "--local-addr", "127.0.0.1"),
+        ]
+    else:
+        meeting = rendezvous_arguments(spec, place)
     return [
-        *(sys.executable, "-m", "ml.training.elastic"),
-        *("--nnodes", "1", "--nproc-per-node", str(spec.num_ranks), "--max-restarts", "0"),
-        # Through files: torchrun's TCP store would listen on every interface.
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(attempt.rendezvous), "--rdzv-conf", "store_type=file"),
-        *("--rdzv-id", attempt.root.name, "--local-addr", "127.0.0.1"),
-        *("-m", "ml.training", "--spec", str(work.spec), "--attempt", str(attempt.root), "--launched", str(launched)),
+        *(sys.executable, "-m", "ml.training.elastic", *meeting),
+        *("-m", "ml.training.worker", "--spec", str(attempt.spec), "--attempt", str(attempt.root), "--launched", str(launched)),
     ]
 
 
-def _environment(spec: TrainSpec) -> dict[str, str]:
-    return {
+def _environment(spec: TrainSpec, place: Place | None) -> dict[str, str]:
+    # torchrun takes defaults from PET_ variables, which an operator may have set for the torchrun that it expects here.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment |= {
         PARENT_VARIABLE: str(os.getpid()),
         # Without it torchrun opens a TCP store of its own beside the file, and hangs after a killed rank.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "OMP_NUM_THREADS": str(max(1, usable_cores() // spec.num_ranks)),
+        # Ranks that get TERM finish a step and save; torchrun kills them after this.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(STOP_GRACE_SECONDS)),
+        # A rank that waits for one that is gone ends with an error, also on GPUs.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(max(60, int(2 * spec.collective_timeout_seconds))),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // num_local_ranks(spec))),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _note_start(work: WorkFolder, failure: Failure | None, resumed_from_step: int, num_lost: int) -> None:
-    with HistoryWriter(work.history) as history:
-        if failure is not None:
-            history.event(failure.message)
-        if resumed_from_step or num_lost:
-            history.event(f"going on from step {resumed_from_step}; {num_lost} steps are done again")
+    if place is not None:
+        environment |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
+    return environment
 
 
 def _check_is_ours(spec: TrainSpec, work: WorkFolder) -> None:
@@ -230,9 +259,11 @@ def _check_is_ours(spec: TrainSpec, work: WorkFolder) -> None:
         raise TrainingError(f"{work.root} holds the result of another training; give this one a folder of its own, or delete that one")
 
 
-def _outcome(work: WorkFolder, *, resumed_from_step: int, num_recomputed_steps: int) -> TrainOutcome:
+def outcome_of(work: WorkFolder) -> TrainOutcome:
+    """Of a training that is done."""
     result = json.loads(work.result.read_bytes())
     plan = result.pop("plan")
+    resumed_from_step, num_recomputed_steps = resumptions(read_history(work.history))
     return TrainOutcome(
         history_path=work.history,
         weights_path=work.result_weights,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import psutil
 
@@ -35,34 +35,54 @@ def die_with_parent() -> None:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
 
 
-def end_group(leader: subprocess.Popen, ranks: Sequence[psutil.Process], grace_seconds: float) -> None:
-    """End torchrun and all ranks: TERM, then KILL after the grace. Returns when none is left."""
-    if leader.poll() is None and grace_seconds > 0:
-        # torchrun passes the signal on to its ranks.
-        leader.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            leader.wait(grace_seconds)
-    if leader.poll() is None:
+def end_group(leader: subprocess.Popen, attempt: AttemptFolder, num_ranks: int, grace_seconds: float) -> None:
+    """End torchrun and all of its ranks: TERM, then KILL after the grace. Returns when none is left."""
+    try:
+        if leader.poll() is None and grace_seconds > 0:
+            # torchrun passes the signal on to its ranks.
+            leader.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                leader.wait(grace_seconds)
+    finally:
+        # Also when somebody lost patience and pressed Ctrl-C again.
         leader.kill()
-    leader.wait()
-    for process in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(ranks, timeout=10)
+        leader.wait()
+        ranks = rank_processes(attempt, num_ranks)
+        for process in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(ranks, timeout=10)
+
+
+def rank_process(attempt: AttemptFolder, rank: int) -> psutil.Process | None:
+    """A rank of this machine, if it is alive. A pid that was given to another process since is not taken for it."""
+    record = read_json(attempt.rank_process(rank))
+    if record is None:
+        return None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(record["pid"])
+        if process.create_time() == record["started"] and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def rank_processes(attempt: AttemptFolder, num_ranks: int) -> list[psutil.Process]:
-    """The ranks of an attempt that are still alive. A pid that was given to another process since is not taken for one."""
-    alive = []
-    for rank in range(num_ranks):
-        record = read_json(attempt.rank_process(rank))
-        if record is None:
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(record["pid"])
-            if process.create_time() == record["started"] and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
+    """The ranks of an attempt that are still alive."""
+    return [process for rank in range(num_ranks) if (process := rank_process(attempt, rank)) is not None]
+
+
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets. A handler that the program has of its own is left in place; so are other threads' signals."""
+    asked = threading.Event()
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def usable_cores() -> int:

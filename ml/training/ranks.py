@@ -6,14 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 
+from ml.errors import TrainingError
 from ml.training.folders import AttemptFolder, write_json
+from ml.training.spec import TrainSpec
 
 
 class RankGroup:
@@ -75,35 +78,69 @@ class RankGroup:
 
 
 @contextmanager
-def joined_ranks(attempt: AttemptFolder) -> Iterator[RankGroup]:
+def joined_ranks(spec: TrainSpec, store_file: Path | None) -> Iterator[RankGroup]:
     """Join the ranks that torchrun started: NCCL when every local rank has a GPU of its own, else gloo.
 
-    The ranks find each other through a file, so no port is opened beyond the loopback interface.
+    Args:
+        store_file: through which the ranks find each other on one machine, so that no port is opened beyond the loopback
+            interface; None on several machines, and where others called torchrun: then through the store that torchrun names.
+
+    Raises:
+        TrainingError: NCCL is asked for and a rank has no GPU of its own.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
     if num_gpus:
         torch.cuda.set_device(device)
+    backend = choose_backend(spec.nodes.backend, num_gpus, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
     if num_ranks == 1:
         yield RankGroup(rank, 1, device)
         return
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "nccl" if num_gpus >= num_ranks else "gloo"
-    store = dist.FileStore(str(attempt.store), num_ranks)  # pyright: ignore[reportPrivateImportUsage] - documented, not re-exported
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    # However the others fare, no wait is for ever: a collective that takes longer raises an error in the rank that waits.
+    options: dict[str, Any] = {"timeout": timedelta(seconds=spec.collective_timeout_seconds)}
+    if backend == "nccl":
+        options["device_id"] = device
+    if store_file is not None:
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.FileStore(str(store_file), num_ranks)  # pyright: ignore[reportPrivateImportUsage] - documented, not re-exported
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, **options)
+    else:
+        dist.init_process_group(backend, init_method="env://", **options)
     try:
         yield RankGroup(rank, num_ranks, device)
     finally:
-        # After an error the others may be gone, and tearing down together would wait for them.
-        if sys.exc_info()[0] is None:
+        # After an error the others may be gone, and tearing down together would wait for them. The threads of gloo now and
+        # then abort a process that tears them down; the system closes their sockets as well.
+        if backend == "nccl" and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
-def announce(attempt: AttemptFolder, rank: int) -> None:
-    """Say which process this rank is, so that the launcher can end it even when torchrun is gone."""
-    write_json(attempt.rank_process(rank), {"pid": os.getpid(), "started": psutil.Process().create_time()})
+def choose_backend(wanted: Literal["auto", "gloo", "nccl"], num_gpus: int, num_local_ranks: int) -> str:
+    """NCCL where every rank of this machine has a GPU of its own, else gloo.
+
+    Raises:
+        TrainingError: NCCL is asked for and there are fewer GPUs.
+    """
+    if wanted == "nccl" and num_gpus < num_local_ranks:
+        raise TrainingError(
+            f"backend nccl needs a GPU for each rank; this machine has {num_gpus} for {num_local_ranks} ranks. "
+            "Use backend auto or gloo, or fewer ranks a machine"
+        )
+    if wanted == "auto":
+        return "nccl" if num_gpus >= num_local_ranks else "gloo"
+    return wanted
+
+
+def announce(attempt: AttemptFolder, local_rank: int, rank: int) -> None:
+    """Say which process this rank is, so that the launcher can end it even when torchrun is gone.
+
+    Args:
+        local_rank: counted within this machine; names the file.
+    """
+    attempt.rank_beat(local_rank).unlink(missing_ok=True)
+    write_json(attempt.rank_process(local_rank), {"pid": os.getpid(), "started": psutil.Process().create_time(), "rank": rank})
 
 
 def heartbeat(path: Path) -> Callable[[], None]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from ml.training.checkpoint_folders import newest_checkpoint, step_of_checkpoint
+from ml.errors import TrainingError
+from ml.training.checkpoint_folders import find_damage, newest_checkpoint, step_of_checkpoint
 from ml.training.folders import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class CheckpointSink(Protocol):
 class CheckpointUploads:
     """A thread that pushes the newest checkpoint whenever there is a new one and the last push is done.
 
-    A failed push is logged and made good by that of the next checkpoint.
+    A failed push is logged and made good by that of the next checkpoint. A checkpoint whose bytes are not those that were
+    written is not pushed. At the end, a training that is not done pushes its last one: its machine may be about to go.
     """
 
     def __init__(self, work: WorkFolder, sink: CheckpointSink, *, pushed_step: int):
@@ -55,9 +57,14 @@ class CheckpointUploads:
 
     def _run(self) -> None:
         while not self._ending.wait(POLL_SECONDS):
-            newest = newest_checkpoint(self._work.checkpoints)
-            if newest is not None and step_of_checkpoint(newest) > self._pushed_step:
-                self._push(newest)
+            self._push_newest()
+        if not self._work.result.exists():
+            self._push_newest()
+
+    def _push_newest(self) -> None:
+        newest = newest_checkpoint(self._work.checkpoints)
+        if newest is not None and step_of_checkpoint(newest) > self._pushed_step:
+            self._push(newest)
 
     def _push(self, checkpoint: Path) -> None:
         step = step_of_checkpoint(checkpoint)
@@ -65,6 +72,8 @@ class CheckpointUploads:
         try:
             # Links, because training deletes its older checkpoints when it likes.
             shutil.copytree(checkpoint, copy, copy_function=os.link)
+            if damage := find_damage(copy):
+                raise TrainingError(f"its copy here is damaged: {damage}")
             self._sink.push(step, copy)
         except Exception as error:
             # Whatever went wrong there, training here goes on.

@@ -126,7 +126,7 @@ class OperatedStack(Workspace):
         return self.pid(f"flow-run.{flow_run_id}")
 
     def rank_pids(self) -> list[int]:
-        return [process.pid for process in self.processes() if "ml.training" in process.cmdline() and "--attempt" in process.cmdline()]
+        return [process.pid for process in self.processes() if {"ml.training.worker", "--attempt"} <= set(process.cmdline())]
 
     def wait_for_training(self, timeout: float = 120) -> None:
         """Until a training has written a checkpoint: then its ranks are in the middle of it."""

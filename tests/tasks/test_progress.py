@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -42,8 +43,8 @@ def test_a_server_that_is_away_stops_nothing(caplog: pytest.LogCaptureFixture):
     assert "the progress bar training could not be drawn" in caplog.text
 
 
-def test_the_training_bar_follows_the_history_to_its_end(drawn: list[float]):
-    tell = TrainingProgress()
+def test_the_training_bar_follows_the_history_to_its_end(drawn: list[float], tmp_path: Path):
+    tell = TrainingProgress("reviews", tmp_path, tmp_path)
     tell({"kind": "validation", "step": 1, "loss": 0.7})
     assert drawn == []  # of how many steps is not known yet
     tell({"kind": "event", "message": "4 epochs", "num_steps": 40})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ml.errors import StorageUnavailableError
+from ml.errors import DigestMismatchError, StorageUnavailableError
 from ml.storage import keys
 from ml.storage.artifacts import ArtifactStore
 from ml.storage.base import ObjectInfo
@@ -58,6 +58,13 @@ def test_the_last_two_are_kept(checkpoints: StoredCheckpoints, store: ArtifactSt
     assert stored_steps(store) == {"step-00000100", "step-00000150"}
 
 
+def test_as_many_are_kept_as_asked_for(store: ArtifactStore, tmp_path: Path):
+    checkpoints = StoredCheckpoints(store, "stage-key", keep_last=3)
+    for step in (1, 2, 3, 4):
+        checkpoints.push(step, make_checkpoint(tmp_path, str(step)))
+    assert stored_steps(store) == {"step-00000002", "step-00000003", "step-00000004"}
+
+
 def test_another_training_does_not_see_it(checkpoints: StoredCheckpoints, store: ArtifactStore, tmp_path: Path):
     checkpoints.push(50, make_checkpoint(tmp_path, "50"))
     assert StoredCheckpoints(store, "stage-key-2").pull_latest(tmp_path / "work") is None
@@ -83,6 +90,9 @@ def test_a_damaged_one_is_skipped_for_the_one_before(
             store.objects.delete(store.runs_bucket, key("weights/model.safetensors"))
         case "damaged file":
             store.objects.put(store.runs_bucket, key("weights/model.safetensors"), b"weights of 1oo")
+    checks = checkpoints.verify_backups()
+    assert [(check.step, check.is_whole) for check in checks] == [(50, True), (100, False)]
+    assert ("model.safetensors" if "file" in harm else "manifest") in (checks[1].damage or "")
     assert checkpoints.pull_latest(tmp_path / "work") == 50
     assert read_folder(tmp_path / "work" / "step-00000050") == read_folder(tmp_path / "local-50")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["step-00000050"]
@@ -92,6 +102,30 @@ def test_a_damaged_one_is_skipped_for_the_one_before(
         checkpoints.push(step, make_checkpoint(tmp_path, f"{step} again"))
     assert checkpoints.pull_latest(tmp_path / "work") == 150
     assert stored_steps(store) == {"step-00000100", "step-00000150"}
+    assert [check.is_whole for check in checkpoints.verify_backups()] == [True, True]
+
+
+class ForgettingStore(MemoryStore):
+    """Says that it took a file, and holds other bytes."""
+
+    forgets = False
+
+    def put(self, bucket: str, key: str, data: bytes | Path, **conditions) -> ObjectInfo:
+        if self.forgets and isinstance(data, Path):
+            data = data.read_bytes()[:-1] + b"?"
+        return super().put(bucket, key, data, **conditions)
+
+
+def test_an_upload_that_arrived_damaged_is_no_checkpoint(tmp_path: Path):
+    objects = ForgettingStore()
+    store = ArtifactStore(objects)
+    store.ensure_buckets()
+    checkpoints = StoredCheckpoints(store, "key")
+    checkpoints.push(50, make_checkpoint(tmp_path, "50"))
+    objects.forgets = True
+    with pytest.raises(DigestMismatchError, match=r"step 100 was uploaded, but in the store its file __0_0\.distcp is damaged"):
+        checkpoints.push(100, make_checkpoint(tmp_path, "100"))
+    assert checkpoints.pull_latest(tmp_path / "work") == 50
 
 
 def test_the_same_step_can_be_pushed_again_with_other_bytes(checkpoints: StoredCheckpoints, tmp_path: Path):

@@ -10,9 +10,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ml.training.checkpoint_folders import newest_checkpoint, step_of_checkpoint
-from ml.training.folders import WorkFolder
-from ml.training.history import rewind
 from ml.training.job import load_job
 from ml.training.loop import train
 from ml.training.ranks import RankGroup
@@ -51,12 +48,6 @@ def train_in_ranks(specs: list[TrainSpec], num_ranks: int, interrupt: dict[int, 
     assert exit_codes == [0] * num_ranks
 
 
-def rewind_to_checkpoint(spec: TrainSpec) -> int:
-    """Cut the history back as the launcher does before a start; returns the number of steps that were cut off."""
-    work = WorkFolder(spec.work_dir)
-    return rewind(work.history, step_of_checkpoint(newest_checkpoint(work.checkpoints)), None)
-
-
 def _run_rank(rank: int, num_ranks: int, store_path: str, specs: list[str], interrupt: dict[int, int]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -65,8 +56,6 @@ def _run_rank(rank: int, num_ranks: int, store_path: str, specs: list[str], inte
     for index, text in enumerate(specs):
         spec = TrainSpec.from_json(text)
         spec.work_dir.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            rewind_to_checkpoint(spec)
         dist.barrier()
         with contextlib.suppress(Interrupted):
             train(spec, load_job(spec), RankGroup(rank, num_ranks), finish_step=interrupt_at(interrupt.get(index, -1)))

@@ -11,14 +11,14 @@ from ml.training.batches import epoch_batches, fixed_batches
 from ml.training.checkpoint import load_weights
 from ml.training.checkpoint_folders import newest_checkpoint, step_of_checkpoint
 from ml.training.folders import WorkFolder, read_json
-from ml.training.history import read_history
+from ml.training.history import read_history, resumptions
 from ml.training.job import load_job
 from ml.training.loop import train
 from ml.training.probe import measure
 from ml.training.ranks import RankGroup
 from ml.training.spec import Optimizer, TrainSpec
 from ml.training.stepping import Stepper
-from tests.ml.training.several_ranks import Interrupted, interrupt_at, rewind_to_checkpoint, train_in_ranks
+from tests.ml.training.several_ranks import Interrupted, interrupt_at, train_in_ranks
 
 JOB = "tests.ml.training.toy_job:ToyJob"
 
@@ -103,9 +103,9 @@ def test_a_resumed_training_is_the_same_training(tmp_path: Path) -> None:
     checkpoint = newest_checkpoint(work.checkpoints)
     assert step_of_checkpoint(checkpoint) == 10
     assert not work.result.exists()
-    assert rewind_to_checkpoint(broken) == 3
     torch.manual_seed(99)  # whatever happened to the generator in between
     train_here(broken)
+    assert resumptions(read_history(work.history)) == (10, 3)
     assert loss_difference(straight, broken) == 0
     assert weight_difference(straight, broken) == 0
 
@@ -116,9 +116,25 @@ def test_ranks_resume_with_their_own_random_state(two_ranks: TwoRanks) -> None:
 
 
 def test_another_number_of_ranks_may_resume(two_ranks: TwoRanks) -> None:
-    assert rewind_to_checkpoint(two_ranks.left_for_one) == 2
     train_here(toy_spec(two_ranks.left_for_one.work_dir, epochs=2))
+    assert resumptions(read_history(WorkFolder(two_ranks.left_for_one.work_dir).history))[1] == 2
     assert loss_difference(two_ranks.single, two_ranks.left_for_one) <= 1e-5
+
+
+def test_a_training_that_is_asked_to_end_saves_and_goes_on_without_a_loss(tmp_path: Path) -> None:
+    job = {"dropout": 0.2}
+    straight, broken = toy_spec(tmp_path / "straight", job=job), toy_spec(tmp_path / "broken", job=job)
+    train_here(straight)
+    work, asked = WorkFolder(broken.work_dir), iter([False] * 12 + [True])
+    assert train(broken, load_job(broken), RankGroup(), stop_asked=lambda: next(asked)) is False
+    assert not work.result.exists()
+    assert step_of_checkpoint(newest_checkpoint(work.checkpoints)) == 13
+    preempted = read_json(work.preempted)
+    assert preempted is not None and preempted["step"] == 13
+    train_here(broken)
+    assert resumptions(read_history(work.history)) == (13, 0)
+    assert loss_difference(straight, broken) == 0
+    assert weight_difference(straight, broken) == 0
 
 
 def test_training_stops_early_and_keeps_the_best_weights(tmp_path: Path) -> None:
@@ -151,7 +167,6 @@ def test_early_stopping_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
     assert result is not None
     with pytest.raises(Interrupted):
         train_here(broken, finish_step=interrupt_at(result["num_steps"] - 2))
-    rewind_to_checkpoint(broken)
     train_here(broken)
     assert loss_difference(straight, broken) == 0
     assert weight_difference(straight, broken) == 0

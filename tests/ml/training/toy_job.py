@@ -32,6 +32,7 @@ class ToyJob:
         double: weights and arithmetic in float64.
         step_seconds: rest this long before each batch, to leave time for accidents.
         fault: what goes wrong, in batch number `batch` (those of the probe count) of rank `rank`: "raise" or "nan".
+        poisoned: training rows whose loss is not a number.
     """
 
     find_unused_parameters = False
@@ -47,11 +48,12 @@ class ToyJob:
         step_seconds: float = 0.0,
         weights: tuple[float, float] = (1.0, 1.0),
         fault: dict | None = None,
+        poisoned: tuple[int, ...] = (),
     ):
         random = np.random.default_rng(7)
         self.width, self.dropout, self.double, self.step_seconds, self.fault = width, dropout, double, step_seconds, fault
         self.class_weights = np.asarray(weights)
-        self.num_batches = 0
+        self.num_batches, self.poisoned = 0, list(poisoned)
         self.texts: dict[Split, list[np.ndarray]] = {}
         self.targets: dict[Split, np.ndarray] = {}
         sizes: dict[Split, int] = {"train": num_rows, "validation": 61}
@@ -79,7 +81,9 @@ class ToyJob:
         for i, row in enumerate(rows):
             text = self.texts[split][row]
             ids[i, : len(text)], mask[i, : len(text)] = text, True
-        return {"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "targets": torch.from_numpy(self.targets[split][rows])}
+        poisoned = np.isin(rows, self.poisoned) & (split == "train")
+        tensors = {"ids": ids, "mask": mask, "targets": self.targets[split][rows], "poisoned": poisoned}
+        return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
     def row_weights(self, split: Split, rows: np.ndarray) -> np.ndarray:
         return self.class_weights[self.targets[split][rows]].astype(np.float64)
@@ -87,6 +91,7 @@ class ToyJob:
     def row_losses(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
         logits = model(batch["ids"], batch["mask"])
         loss = nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
+        loss = loss.masked_fill(batch["poisoned"], float("nan"))
         if self._is_due("nan"):
             loss = loss * float("nan")
         return RowLosses(loss, logits.argmax(1), batch["targets"])
