@@ -5,7 +5,12 @@
       watching, nodes           signs of life, and why ranks ended; how several machines meet
       elastic                   torchrun, tied to the launcher's life
         worker                  one rank
-          loop.train            plan, steps, validation, early stopping, checkpoints
+          loop.train            steps, validation, early stopping, checkpoints, poisoned batches
+            starting            before the first step: layout, measured plan (probe, plan), FLOPs
+            feeding             rows of each step and rank (batches, shares), batches made ahead (prefetch)
+            stepping            one step in any layout: strategies/, gradient_sync, precision, optimizers
+            checkpoint          DCP in the background, safetensors (checkpoint_storage)
+            meters, diagnosis   figures of each rank, and what they mean in words
             job.TrainingJob     what is trained: brought by the caller as an import string
 
 All state lies in one work folder, see `folders`.

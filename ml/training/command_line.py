@@ -26,7 +26,7 @@ from typing import Any
 from ml.errors import ConfigError, MillstreamError, TrainingPreempted
 from ml.training.folders import AttemptFolder, WorkFolder
 from ml.training.launcher import TrainOutcome, describe_launch, outcome_of, run_training
-from ml.training.nodes import check_nodes
+from ml.training.refusals import check_spec
 from ml.training.spec import TrainSpec
 from ml.training.uploads import CheckpointSink
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     try:
         spec, checkpoints = read_spec(options.spec, _overrides(options))
-        check_nodes(spec)
+        check_spec(spec)
         if options.dry_run:
             print(json.dumps({"spec": json.loads(spec.to_json()), **describe_launch(spec)}, indent=1))
             return 0

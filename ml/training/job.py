@@ -83,7 +83,9 @@ class ParallelPlan:
 class TrainingJob(Protocol):
     """Created in every rank as `Class(work_dir=..., **job_arguments)`; must be the same in all of them.
 
-    A job whose model can be split over ranks also has `parallel_plan() -> ParallelPlan`, which builds no model, see `plan_of`.
+    A job whose model can be split over ranks also has `parallel_plan() -> ParallelPlan`, which builds no model, see `plan_of`. One
+    whose rows come in shards has `train_shards`, a `batches.Shards`, and `expect_shards(shards)`, which is told which of them
+    come next. `batch` is called in a thread while steps run.
 
     Attributes:
         lengths: split -> (N,) cost of a row relative to others (tokens); rows of like length are batched together.

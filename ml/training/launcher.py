@@ -18,8 +18,9 @@ from ml.errors import TrainingError, TrainingPreempted, WorkerLostError
 from ml.training.checkpoint_folders import HISTORY_FILE, newest_checkpoint, step_of_checkpoint, verified_checkpoint
 from ml.training.folders import AttemptFolder, WorkFolder, read_json
 from ml.training.history import HistoryTail, HistoryWriter, Report, read_history, restore_history, resumptions
-from ml.training.nodes import Place, check_nodes, find_place, node_of, num_local_ranks, rendezvous_arguments
+from ml.training.nodes import Place, find_place, node_of, num_local_ranks, rendezvous_arguments
 from ml.training.processes import PARENT_VARIABLE, end_group, heeding_sigterm, usable_cores
+from ml.training.refusals import check_spec
 from ml.training.spec import TrainSpec
 from ml.training.uploads import CheckpointSink, CheckpointUploads
 from ml.training.watching import Failure, RankWatch, error_of_a_rank, explain_end
@@ -80,12 +81,12 @@ def run_training(spec: TrainSpec, report: Report = lambda record: None, checkpoi
         checkpoints: where to copy each checkpoint to, and to look for one to go on from.
 
     Raises:
-        ConfigError: the machines and ranks of the spec do not go together.
+        ConfigError: the spec asks for what cannot work here, see `check_spec`.
         TrainingError: a rank raised an error, the loss is not finite, or another launcher uses the work folder.
         TrainingPreempted: SIGTERM came, to this process or to a rank, and the training is not done.
         WorkerLostError: ranks were killed or went silent, or machines were lost, more than `spec.max_restarts` times.
     """
-    check_nodes(spec)
+    check_spec(spec)
     work = WorkFolder(spec.work_dir)
     spec.work_dir.mkdir(parents=True, exist_ok=True)
     with _locked(work.lock(node_of(spec))):

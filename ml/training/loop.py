@@ -15,6 +15,7 @@ from ml.training.checkpoint import Checkpointer, Progress, load_checkpoint, read
 from ml.training.checkpoint_folders import HISTORY_FILE, newest_checkpoint, step_of_checkpoint
 from ml.training.feeding import Feed, validation_batches
 from ml.training.folders import WorkFolder, write_json
+from ml.training.gradient_sync import resume_note
 from ml.training.history import HistoryWriter, resume_history
 from ml.training.job import TrainingJob
 from ml.training.meters import RankMeters, metrics_file
@@ -92,6 +93,8 @@ def train(
         history = stack.enter_context(HistoryWriter(work.history if group.is_first else Path(os.devnull)))
         if checkpoint is None:
             describe_plan(plan, stepper, history)
+        elif note := resume_note(spec.gradient_sync):
+            history.event(note)
         meters = RankMeters(
             metrics_file(work.metrics, group.rank),
             group.rank,

@@ -8,6 +8,7 @@ import numpy as np
 
 from ml.errors import ConfigError
 from ml.training.batches import count_batches, epoch_batches, stratified_sample
+from ml.training.compiling import undo_compile
 from ml.training.flops import Calibration, calibrate_step, peak_flops
 from ml.training.folders import WorkFolder, read_json, write_json
 from ml.training.history import HistoryWriter
@@ -83,8 +84,11 @@ def starting_plan(spec: TrainSpec, work: WorkFolder, stepper: Stepper, seconds_l
 
 
 def count_arithmetic(stepper: Stepper, plan: Plan) -> Arithmetic:
-    """FLOPs of a token and the peak of the device. Call it before the model is compiled."""
+    """FLOPs of a token and the peak of the device. Leaves the model uncompiled, see `probe.apply_plan`."""
     job, group, layout = stepper.job, stepper.group, stepper.layout
+    if plan.is_compiled:
+        # Compiled code hides its operations from the counter. It is kept on disk, so compiling anew is quick.
+        undo_compile(stepper.model)
     peak = peak_flops(group.device, plan.precision)
     if layout.strategy != "ddp":
         # No rank can run the model alone: 6 N (Hoffmann et al. 2022, appendix F), of which each rank does its part.

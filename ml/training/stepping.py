@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ml.errors import TrainingError
 from ml.training.batches import share_of_rank
@@ -117,12 +116,7 @@ class Stepper:
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         settings = replace(self.spec.optimizer, learning_rate=learning_rate)
-        optimizer = build_optimizer(self.model.named_parameters(), settings, self.group.device)
-        if settings.name == "sgd":
-            for entry in optimizer.param_groups:
-                # torch has no fused SGD for tensors that lie in parts.
-                entry["fused"] = entry["fused"] and not any(isinstance(parameter, DTensor) for parameter in entry["params"])
-        return optimizer
+        return build_optimizer(self.model.named_parameters(), settings, self.group.device)
 
     def scaler(self, precision: Precision) -> LossScaler:
         """The loss scaler of a precision; it has state in fp16 only."""
