@@ -78,7 +78,7 @@ def test_training_learns_survives_a_kill_and_writes_a_bundle(context: TrainConte
     assert result.num_train_rows == 300
     assert result.plan["validation_accuracy"] > 0.9
     assert result.plan["max_length"] % 8 == 0
-    assert {"step", "validation", "event"} == {record["kind"] for record in reported}
+    assert {"step", "validation", "event", "resumed"} == {record["kind"] for record in reported}
 
     bundle = read_bundle(context.output_dir)
     assert (bundle.solution, bundle.runtime, bundle.options["labels"]) == ("sentiment", "torch", list(LABELS))
