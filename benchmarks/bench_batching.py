@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from ml.evaluation.bootstrap import median_interval
 from ml.training.batches import epoch_batches, share_of_rank
 from ml.training.shares import deal_rows, padded_tokens
@@ -205,13 +205,13 @@ def report(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_batching", description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=256, help="longer texts are cut")
     parser.add_argument("--size", choices=["minilm", "tiny"], default="minilm", help="of the encoder")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args(arguments)
-    load_before = load_average()
+    load_before = load_average(SETTLE_SECONDS if options.write else 0.0)
     torch.set_num_threads(1)
     lengths, source = review_lengths(options.rows, options.max_tokens)
     model, described = build_encoder(options.size)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from ml.evaluation.bootstrap import median_interval
 from ml.training.checkpoint import Checkpointer, Progress
 from ml.training.folders import WorkFolder
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; by default the system's temporary folder")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args(arguments)
-    load_before = load_average()
+    load_before = load_average(SETTLE_SECONDS if options.write else 0.0)
     torch.set_num_threads(1)
     results = []
     for num_mebibytes in options.mebibytes:

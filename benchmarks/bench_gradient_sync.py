@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.encoder import build_encoder, random_texts
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from ml.evaluation.bootstrap import median_interval
 from ml.training.gradient_sync import MIB, POWERSGD_START_STEP, apply_hook, ddp_options, gradient_bytes
 from ml.training.spec import GradientSync
@@ -238,13 +238,13 @@ def report(found: dict[str, Any], settings: dict[str, GradientSync], backend: st
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_gradient_sync", description=__doc__)
     parser.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="auto: nccl with at least two GPUs")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="rows of a step and rank")
-    parser.add_argument("--loss-steps", type=int, default=60)
+    parser.add_argument("--loss-steps", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows that it runs; numbers of no worth")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args(arguments)
-    load_before = load_average()
+    load_before = load_average(0.0 if options.quick else SETTLE_SECONDS)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backend = ("nccl" if num_gpus >= 2 else "gloo") if options.backend == "auto" else options.backend
     settings = {name: sync for name, sync in SETTINGS.items() if sync.hook != "bf16" or backend == "nccl"}

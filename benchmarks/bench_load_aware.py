@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from ml.evaluation.bootstrap import median_interval
 from ml.language_model.transformer import Transformer, TransformerConfig
 from ml.training.batches import Sampler
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=48, help="rows of the global batch")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = vars(parser.parse_args(arguments))
-    load_before = load_average()
+    load_before = load_average(SETTLE_SECONDS if options["write"] else 0.0)
     markdown = report(measure(options), options, load_before)
     print(markdown)
     if options["write"]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.interleaved import ended_together
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from benchmarks.training_sides import Work, losses_by_hand, num_cores, our_losses, our_spec, start_by_hand, start_ours
 from ml.evaluation.bootstrap import median_interval
 from ml.training.spec import TrainSpec
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few pairs: shows that it runs; numbers of no worth")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args(arguments)
-    load_before = load_average()
+    load_before = load_average(0.0 if options.quick else SETTLE_SECONDS)
     precision = options.precision
     if precision == "auto":
         import torch

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.interleaved import ended_together
-from benchmarks.machine import describe_machine, load_average, markdown_table, write_result
+from benchmarks.machine import SETTLE_SECONDS, describe_machine, load_average, markdown_table, write_result
 from benchmarks.training_sides import Work, our_losses, our_spec, start_ours
 from ml.evaluation.bootstrap import median_interval
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows that it runs; numbers of no worth")
     parser.add_argument("--write", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args(arguments)
-    load_before = load_average()
+    load_before = load_average(0.0 if options.quick else SETTLE_SECONDS)
     sizes, rounds, steps = {}, options.rounds, options.steps
     if options.quick:
         sizes, rounds, steps = {"width": 64, "num_layers": 2, "num_heads": 4}, min(rounds, 2), min(steps, 2)

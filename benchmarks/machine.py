@@ -2,12 +2,16 @@
 
 import os
 import re
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ml.environment import describe_environment
 
 RESULTS_FOLDER = Path(__file__).parent / "results"
+# Load average above which a measurement is doubtful.
+BUSY = 0.5
+SETTLE_SECONDS = 150.0
 # What the two benchmarks of orchestration depend on; a run's own report lists the others.
 LIBRARIES = ("prefect", "torch", "onnxruntime", "pandas", "great-expectations")
 
@@ -18,8 +22,15 @@ def hardware() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{environment.cpu} {environment.num_cores} cores".lower()).strip("-")
 
 
-def load_average() -> float:
-    """Processes that wanted a core, averaged over the last minute."""
+def load_average(settle_seconds: float = 0.0) -> float:
+    """Processes that wanted a core, averaged over the last minute.
+
+    Args:
+        settle_seconds: wait up to this long for what ran before to fade out of the average.
+    """
+    end = time.monotonic() + settle_seconds
+    while os.getloadavg()[0] > BUSY and time.monotonic() < end:
+        time.sleep(1.0)
     return os.getloadavg()[0]
 
 
@@ -28,7 +39,7 @@ def describe_machine(load_before: float) -> list[str]:
     environment = describe_environment()
     versions = ", ".join(f"{name} {environment.libraries[name]}" for name in LIBRARIES if name in environment.libraries)
     flags = " ".join(environment.cpu_flags)
-    busy = " **The machine was busy: these numbers are worth little.**" if load_before > 0.5 else ""
+    busy = " **The machine was busy: these numbers are worth little.**" if load_before > BUSY else ""
     return [
         f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {environment.platform}",
         f"- {environment.cpu}, {environment.num_cores} cores, {flags}, {environment.memory_bytes / 2**30:.0f} GiB",
