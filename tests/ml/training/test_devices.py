@@ -58,8 +58,8 @@ def test_samples_are_taken_in_the_background_until_it_is_closed():
     sampler.start()
     total = sum(i * i for i in range(3_000_000))
     assert total > 0
-    found = sampler.take()
     sampler.close()
+    found = sampler.take()
     assert 20 < found.cpu_percent < 400
     assert found.rss_bytes is not None
     assert found.node_cpu_percent is not None

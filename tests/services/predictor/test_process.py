@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -78,33 +79,39 @@ def test_a_killed_predictor_serves_again_and_one_that_is_well_is_adopted(predict
 
 
 def test_requests_under_way_are_answered_when_it_is_told_to_end(predictor, tmp_path):
+    """Under way is what the predictor has begun to read: it says "100 Continue" when it does."""
     url, _ = predictor
     wait_until_ready(url)
-    sent, answered, refused = threading.Event(), [], []
-
-    def ask_until_refused() -> None:
-        while True:
-            try:
-                # A connection of its own each, so that what was accepted must be answered.
-                response = httpx.post(f"{url}/v1/sentiment/predict", json={"items": ITEMS * 128}, trust_env=False, timeout=30)
-                answered.append(response.status_code)
-                sent.set()
-            except httpx.ConnectError:
-                return
-            except httpx.HTTPError as error:
-                refused.append(error)
-                return
-
-    asking = [threading.Thread(target=ask_until_refused) for _ in range(3)]
-    for thread in asking:
-        thread.start()
-    assert sent.wait(20)
-    stop_predictor(tmp_path)
-    for thread in asking:
-        thread.join(30)
-    assert set(answered) == {200}
-    assert refused == []
+    body = json.dumps({"items": ITEMS}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/sentiment/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    ).encode()
+    connections = [socket.create_connection((host, int(port)), timeout=30) for _ in range(3)]
+    for connection in connections:
+        connection.sendall(head)
+        assert connection.recv(1024).startswith(b"HTTP/1.1 100")
+    stopping = threading.Thread(target=stop_predictor, args=(tmp_path,))
+    stopping.start()
+    wait_until(lambda: _refuses(url))
+    for connection in connections:
+        connection.sendall(body)
+        with connection.makefile("rb") as reply:
+            assert reply.readline().startswith(b"HTTP/1.1 200")
+            assert b'"label"' in reply.read()
+        connection.close()
+    stopping.join(30)
+    assert not stopping.is_alive()
     assert '"event": "stopped"' in event_log_path(tmp_path).read_text()
+
+
+def _refuses(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/healthz", trust_env=False, timeout=5)
+    except httpx.TransportError:
+        return True
+    return False
 
 
 def test_what_was_answered_last_is_logged_when_it_is_told_to_end(predictor, s3_artifact_store, tmp_path):
