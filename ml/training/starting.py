@@ -107,7 +107,7 @@ def describe_plan(plan: Plan, stepper: Stepper, history: HistoryWriter) -> None:
         num_steps=plan.num_steps,
     )
     if stepper.group.num_ranks > 1:
-        history.event(f"{stepper.layout.describe()}{f': {plan.strategy_reason}' if plan.strategy_reason else ''}")
+        history.event(plan.strategy_reason or stepper.layout.describe())
     for sentence in (*plan.warnings, *plan.notes):
         history.event(sentence)
 

@@ -65,7 +65,14 @@ class PrefectUI:
         time.sleep(1)
 
     def fill(self, field: str, text: str) -> None:
-        self.browser.type_into(f"{_field(field)}.querySelector('.p-label__body .p-base-input__control')", text)
+        control = f"{_field(field)}.querySelector('.p-label__body .p-base-input__control')"
+        for _ in range(10):
+            self.browser.type_into(control, text)
+            time.sleep(1)
+            # The form may have been filled with the deployment's parameters once more, over what was typed.
+            if text in (self.browser.evaluate(f"{control}.value ?? {control}.innerText") or ""):
+                return
+        raise AssertionError(f"{field} does not keep {text!r}")
 
     def see(self, *words: str) -> None:
         """Wait until the page says all of this."""
