@@ -1,11 +1,7 @@
 """What the tests of checkpoints write and read: a small network whole or split by FSDP2, in real ranks that talk over gloo."""
 
 import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from ml.training.folders import WorkFolder
 from ml.training.plan import Plan
 from ml.training.ranks import RankGroup
 from ml.training.strategies.states import state_tensors
+from tests.ml.training.gloo_ranks import run_ranks
 
 SEED = 5
 
@@ -100,34 +97,17 @@ class Trained:
         load_checkpoint(work.checkpoint(step), self.tensors(), self.group, work=work, seed=SEED)
 
 
-def run_ranks(scenario: Callable[[RankGroup, Path], Any], num_ranks: int, folder: Path) -> Any:
+def run_scenario(scenario: Callable[[RankGroup, Path], Any], num_ranks: int, folder: Path) -> Any:
     """Run a function of this module in so many processes; returns what the first rank's call returned (JSON)."""
-    context = multiprocessing.get_context("spawn")
     answer = folder / f"{scenario.__name__}.json"
-    arguments = [(scenario, rank, num_ranks, folder, answer) for rank in range(num_ranks)]
-    processes = [context.Process(target=_run_rank, args=each) for each in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0] * num_ranks
+    run_ranks(_answer, num_ranks, scenario, folder, answer)
     return json.loads(answer.read_text())
 
 
-def _run_rank(scenario: Callable[[RankGroup, Path], Any], rank: int, num_ranks: int, folder: Path, answer: Path) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{scenario.__name__}"), num_ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=100))
-    value = scenario(RankGroup(rank, num_ranks), folder)
-    if rank == 0:
+def _answer(group: RankGroup, scenario: Callable[[RankGroup, Path], Any], folder: Path, answer: Path) -> None:
+    value = scenario(group, folder)
+    if group.is_first:
         answer.write_text(json.dumps(value))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def split_in_four(group: RankGroup, folder: Path) -> dict[str, list[float]]:

@@ -2,11 +2,7 @@
 
 import contextlib
 import json
-import multiprocessing
-import os
-import sys
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,7 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ml.training.gradient_sync import apply_hook, ddp_options
+from ml.training.ranks import RankGroup
 from ml.training.spec import GradientSync
+from tests.ml.training.gloo_ranks import run_ranks
 
 ROWS, WIDTH, NUM_CLASSES = 8, 384, 5
 NUM_STEPS = 20
@@ -69,32 +67,14 @@ def train_in_ranks(folder: Path, syncs: dict[str, GradientSync], num_ranks: int 
     Args:
         poisoned: names of trainings whose first rank has a gradient that is no number in step 14, which is then skipped.
     """
-    context = multiprocessing.get_context("spawn")
-    text = json.dumps({name: asdict(sync) for name, sync in syncs.items()})
-    processes = [context.Process(target=_run_rank, args=(rank, num_ranks, str(folder), text, poisoned)) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(250)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0] * num_ranks
+    run_ranks(_train_all, num_ranks, folder, syncs, poisoned, timeout_seconds=250)
     return {name: Found(**found) for name, found in json.loads((folder / "found.json").read_bytes()).items()}
 
 
-def _run_rank(rank: int, num_ranks: int, folder: str, text: str, poisoned: tuple[str, ...]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", num_ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
-    found = {name: asdict(_train(GradientSync(**sync), rank, num_ranks, name in poisoned)) for name, sync in json.loads(text).items()}
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    # Tearing gloo down races with its own threads, see several_ranks.py.
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+def _train_all(group: RankGroup, folder: Path, syncs: dict[str, GradientSync], poisoned: tuple[str, ...]) -> None:
+    found = {name: asdict(_train(sync, group.rank, group.num_ranks, name in poisoned)) for name, sync in syncs.items()}
+    if group.is_first:
+        (folder / "found.json").write_text(json.dumps(found))
 
 
 def _train(sync: GradientSync, rank: int, num_ranks: int, poisoned: bool) -> Found:

@@ -1,13 +1,9 @@
 """Trains with meters in one or two real processes over gloo, with something wrong that is chosen, and gives what they measured."""
 
 import contextlib
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from ml.training.meters import RankMeters, metrics_file, read_metrics
 from ml.training.ranks import RankGroup
 from ml.training.spec import TrainSpec
 from ml.training.stepping import Stepper
+from tests.ml.training.gloo_ranks import run_ranks
 from tests.ml.training.toy_job import ToyJob
 
 Line = dict[str, Any]
@@ -100,38 +97,17 @@ def train_metered(*specs: TrainSpec, num_ranks: int = 1) -> list[tuple[list[Line
         for spec in specs:
             _train(spec, 0, 1)
     else:
-        _train_in_ranks([spec.to_json() for spec in specs], num_ranks)
+        run_ranks(_train_all, num_ranks, specs)
     return [(read_history(WorkFolder(spec.work_dir).history), read_metrics(_folder(spec))) for spec in specs]
-
-
-def _train_in_ranks(specs: list[str], num_ranks: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run_rank, args=(rank, num_ranks, specs)) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0] * num_ranks
 
 
 def _folder(spec: TrainSpec) -> Path:
     return spec.work_dir / "metrics-of-the-test"
 
 
-def _run_rank(rank: int, num_ranks: int, texts: list[str]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    specs = [TrainSpec.from_json(text) for text in texts]
-    store = dist.FileStore(str(specs[0].work_dir / "store"), num_ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+def _train_all(group: RankGroup, specs: tuple[TrainSpec, ...]) -> None:
     for spec in specs:
-        _train(spec, rank, num_ranks)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+        _train(spec, group.rank, group.num_ranks)
 
 
 def _train(spec: TrainSpec, rank: int, num_ranks: int) -> None:

@@ -1,14 +1,10 @@
 """Gradients of one batch under unequal shares, in real ranks over gloo."""
 
-import multiprocessing
-import os
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ml.training.job import load_job
@@ -16,6 +12,7 @@ from ml.training.ranks import RankGroup
 from ml.training.shares import ShareBalancer, deal_rows
 from ml.training.spec import Optimizer, TrainSpec
 from ml.training.stepping import Stepper
+from tests.ml.training.gloo_ranks import run_ranks
 
 Gradients = dict[str, torch.Tensor]
 
@@ -40,7 +37,7 @@ def gradients_of(stepper: Stepper, rows: np.ndarray, shares: list[int] | None) -
 def gradients_in_ranks(folder: Path, rows: np.ndarray, fractions: list[list[float]]) -> dict[bool, list[tuple[float, Gradients]]]:
     """In float32 (False) and float64 (True), and for each choice of fractions, what two ranks find together."""
     folder.mkdir(parents=True)
-    _run(2, _find_gradients, (str(folder), rows.tolist(), fractions))
+    run_ranks(_find_gradients, 2, str(folder), rows.tolist(), fractions)
     found: dict[bool, list[tuple[float, Gradients]]] = {}
     for double in (False, True):
         tensors = [load_file(folder / f"{double}-{index}.safetensors") for index in range(len(fractions))]
@@ -51,31 +48,8 @@ def gradients_in_ranks(folder: Path, rows: np.ndarray, fractions: list[list[floa
 def fractions_while_training(folder: Path, num_steps: int) -> list[list[list[float]]]:
     """Per rank, its fractions after each step, where rank 1 reports to be twice as slow: ranks must agree without asking."""
     folder.mkdir(parents=True)
-    _run(2, _balance, (str(folder), num_steps))
+    run_ranks(_balance, 2, str(folder), num_steps)
     return [load_file(folder / f"{rank}.safetensors")["fractions"].tolist() for rank in range(2)]
-
-
-def _run(num_ranks: int, function, arguments: tuple) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_join, args=(rank, num_ranks, function, arguments)) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0] * num_ranks
-
-
-def _join(rank: int, num_ranks: int, function, arguments: tuple) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(arguments[0]) / "store"), num_ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
-    function(RankGroup(rank, num_ranks), *arguments)
-    dist.barrier()
-    os._exit(0)
 
 
 def _find_gradients(group: RankGroup, folder: str, rows: list[int], fractions: list[list[float]]) -> None:

@@ -12,7 +12,7 @@ from ml.training.checkpoint_folders import find_damage
 from ml.training.checkpoint_storage import read_index
 from ml.training.folders import WorkFolder
 from ml.training.ranks import RankGroup
-from tests.ml.training.checkpoint_cases import SEED, Trained, in_two, run_ranks, split_in_four, work_folder
+from tests.ml.training.checkpoint_cases import SEED, Trained, in_two, run_scenario, split_in_four, work_folder
 
 
 class Losses:
@@ -22,8 +22,8 @@ class Losses:
         single.step(3)
         single.save(work_folder(folder / "single"), 3)
         self.expected = single.step(3)
-        self.four: dict[str, Any] = run_ranks(split_in_four, 4, folder)
-        self.two: dict[str, Any] = run_ranks(in_two, 2, folder)
+        self.four: dict[str, Any] = run_scenario(split_in_four, 4, folder)
+        self.two: dict[str, Any] = run_scenario(in_two, 2, folder)
 
 
 @pytest.fixture(scope="module")

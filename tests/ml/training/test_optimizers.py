@@ -1,16 +1,11 @@
-import multiprocessing
-import os
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ml.training.optimizers import build_optimizer
+from ml.training.ranks import RankGroup
 from ml.training.spec import Optimizer
+from tests.ml.training.gloo_ranks import run_ranks
 
 CPU = torch.device("cpu")
 SETTINGS = [Optimizer(weight_decay=0.1, learning_rate=0.01), Optimizer(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.1)]
@@ -67,29 +62,13 @@ def test_fused_kernels_do_what_the_plain_ones_do(settings: Optimizer) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_parameters_that_are_split_over_ranks_are_stepped_beside_whole_ones(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run_rank, args=(rank, str(tmp_path / "store"))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0, 0]
+def test_parameters_that_are_split_over_ranks_are_stepped_beside_whole_ones() -> None:
+    run_ranks(_step_all_split, 2, timeout_seconds=60)
 
 
-def _run_rank(rank: int, store_path: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(store_path, 2)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def _step_all_split(group: RankGroup) -> None:
     for settings in SETTINGS:
         _step_split(settings)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _step_split(settings: Optimizer) -> None:

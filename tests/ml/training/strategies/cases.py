@@ -1,25 +1,20 @@
 """A few steps of a model spread over ranks, run in real processes that talk over gloo."""
 
 import json
-import multiprocessing
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ml.training.job import load_job
 from ml.training.ranks import RankGroup
 from ml.training.spec import GradientSync, Optimizer, Parallelism, TrainSpec
 from ml.training.stepping import Stepper
+from tests.ml.training.gloo_ranks import run_ranks
 
 JOBS = "tests.ml.training.strategies.jobs"
 # Of uneven numbers: of some, ranks get nothing.
@@ -111,33 +106,4 @@ def read_case(folder: Path, name: str) -> Ran:
 
 def in_ranks(num_ranks: int, folder: Path, run: Callable[..., None], *arguments: Any) -> None:
     """`run(group, folder, *arguments)` in so many processes."""
-    context = multiprocessing.get_context("spawn")
-    store = folder / f"store-{num_ranks}-{run.__name__}"
-    processes = [
-        context.Process(target=_rank, args=(rank, num_ranks, str(store), folder, run, arguments), daemon=True) for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
-    assert exit_codes == [0] * num_ranks, errors
-
-
-def _rank(rank: int, num_ranks: int, store_path: str, folder: Path, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(store_path, num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
-    try:
-        run(RankGroup(rank, num_ranks), folder, *arguments)
-    except BaseException:
-        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)
-    # Tearing gloo down races with its own threads; nothing is left to do but to leave.
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    run_ranks(run, num_ranks, folder, *arguments, timeout_seconds=400)
