@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field
 from ml.config import nearest, validate
 from ml.errors import ConfigError
 from ml.text_classification.settings import TextClassifierConfig
-from ml.train_config import GradientSyncConfig, ParallelismConfig, Section, TrainConfig
-from ml.training.spec import GradientSync, Nodes, Optimizer, Parallelism, TrainSpec
+from ml.train_config import GradientSyncConfig, LoopSettings, ParallelismConfig, Section, TrainConfig, spec_fields
+from ml.training.spec import Nodes, Optimizer, TrainSpec
 from ml.training.uploads import CheckpointSink
 
 LANGUAGE_MODEL_JOB = "ml.language_model.job:LanguageModelJob"
@@ -49,7 +49,7 @@ class CheckpointSection(Section):
     object_storage: bool = Field(default=False, description="copy each to the object store that MILLSTREAM_S3_ENDPOINT names")
 
 
-class TrainingFile(Section):
+class TrainingFile(LoopSettings):
     """One training, as the file says it."""
 
     work_dir: str = Field(min_length=1, description="folder of all that survives a kill; machines of one training share it")
@@ -71,22 +71,11 @@ class TrainingFile(Section):
     batch_size_per_rank: int = Field(
         default=32, ge=1, le=65_536, description="rows; times world_size it is the rows of a step, which stay when machines are lost"
     )
-    max_tokens_per_batch: int | None = Field(default=None, ge=1, description="of a step, padding included; long rows then come fewer")
     epochs: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
         default="auto", description="passes over the data; auto: by the number of rows and the budget"
     )
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(default="auto", description="auto: the fastest that is measured")
-    compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: where it gains more than it costs")
-    load_aware: bool = Field(default=False, description="ranks get rows by their measured speed, not equal shares")
-    prefetch_batches: int = Field(default=2, ge=0, le=64, description="batches that are made ready in advance")
-    poisoned_batch: Literal["skip", "rollback", "stop"] = Field(default="skip", description="when loss or gradient are not finite")
-    max_poisoned_batches: int = Field(default=3, ge=1, le=1000, description="so many in a row end the training")
 
     checkpoints: CheckpointSection = Field(default=CheckpointSection(), description="what a training resumes from")
-    validate_every_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
-        default="epoch", description="epoch: at the end of each, but at most ten times in all"
-    )
-    watch: Literal["loss", "accuracy", "recall"] = Field(default="loss", description="metric of early stopping and of the best weights")
     patience: int = Field(default=2, ge=1, le=100_000, description="validations without improvement before stopping")
     budget_minutes: float = Field(default=60, gt=0, le=60 * 24 * 365, description="wall time; rows and epochs are cut to fit it")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of every random choice")
@@ -182,12 +171,12 @@ def _spec(file: TrainingFile, job: str, job_arguments: dict[str, Any], learning_
     optimizer = file.optimizer.model_dump()
     if optimizer["learning_rate"] == "auto":
         optimizer["learning_rate"] = learning_rate
-    return TrainSpec(
-        job=job,
-        job_arguments=job_arguments,
-        work_dir=Path(file.work_dir),
-        num_ranks=file.world_size,
-        nodes=Nodes(
+    settings = spec_fields(file) | {
+        "job": job,
+        "job_arguments": job_arguments,
+        "work_dir": Path(file.work_dir),
+        "num_ranks": file.world_size,
+        "nodes": Nodes(
             count=file.num_nodes,
             min_count=file.min_nodes,
             rank=file.rank,
@@ -196,36 +185,13 @@ def _spec(file: TrainingFile, job: str, job_arguments: dict[str, Any], learning_
             backend=file.backend,
             interface=file.interface,
         ),
-        parallelism=Parallelism(**file.parallelism.model_dump()),
-        gradient_sync=GradientSync(**file.gradient_sync.model_dump()),
-        optimizer=Optimizer(**optimizer),
-        checkpoint_every_steps=file.checkpoints.every_steps,
-        asynchronous_checkpoints=file.checkpoints.asynchronous,
-        keep_last_checkpoints=file.checkpoints.keep_last,
-        budget_seconds=file.budget_minutes * 60,
-        **{name: getattr(file, name) for name in _SAME},
-    )
-
-
-# Fields that have the same name and meaning in `TrainSpec`.
-_SAME = (
-    "batch_size_per_rank",
-    "max_tokens_per_batch",
-    "epochs",
-    "precision",
-    "compile",
-    "load_aware",
-    "prefetch_batches",
-    "poisoned_batch",
-    "max_poisoned_batches",
-    "validate_every_steps",
-    "watch",
-    "patience",
-    "seed",
-    "collective_timeout_seconds",
-    "heartbeat_timeout_seconds",
-    "max_restarts",
-)
+        "optimizer": Optimizer(**optimizer),
+        "checkpoint_every_steps": file.checkpoints.every_steps,
+        "asynchronous_checkpoints": file.checkpoints.asynchronous,
+        "keep_last_checkpoints": file.checkpoints.keep_last,
+        "budget_seconds": file.budget_minutes * 60,
+    }
+    return TrainSpec(**settings)
 
 
 def _describe_text_classifier(file: TrainingFile, model: TextClassifierConfig, data: TextTables) -> tuple[str, dict[str, Any], float]:
