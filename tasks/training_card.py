@@ -32,18 +32,21 @@ class TrainingCard:
     Args:
         name: of the model.
         metrics_dir: where the ranks write their meters; the card does without when there is none.
+
+    Attributes:
+        history: what it has been told.
     """
 
     def __init__(self, name: str, metrics_dir: Path | None):
         self._name = name
         self._metrics_dir = metrics_dir
-        self._history = KeptHistory()
+        self.history = KeptHistory()
         self._id: UUID | None = None
         self._due = monotonic() + SECONDS_BETWEEN_CARDS / 2
 
     def add(self, line: Line) -> None:
         """Take in a line of the training history, and draw the card when it is time to."""
-        self._history.add(line)
+        self.history.add(line)
         if monotonic() >= self._due:
             self.draw()
 
@@ -52,7 +55,7 @@ class TrainingCard:
         start = thread_time()
         try:
             metrics = read_metrics(self._metrics_dir) if self._metrics_dir is not None else {}
-            self._show(render_card(self._name, self._history.lines, metrics, num_steps=self._history.num_steps))
+            self._show(render_card(self._name, self.history.lines, metrics, num_steps=self.history.num_steps))
         except Exception as error:  # whatever the Prefect client raises when its server is away, or a picture that cannot be drawn
             logger.warning("the card of the training could not be drawn: %s", error)
         self._due = monotonic() + max(SECONDS_BETWEEN_CARDS, (thread_time() - start) / MAX_SHARE_OF_TIME)

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any
 
 from ml.training.folders import WorkFolder
-from ml.training.history import read_history
 from ml.training.meters import read_metrics
 from ml.training_metrics import write_textfile
 from tasks.progress import ProgressBar
@@ -23,16 +22,16 @@ class TrainingProgress:
 
     Args:
         name: of the model.
-        work_dir: of the training, where its history and the ranks' meters lie.
+        work_dir: of the training, where the ranks' meters lie.
         prometheus_dir: gets `training-<name>.prom` while the training runs, for node_exporter's textfile collector.
     """
 
     def __init__(self, name: str, work_dir: Path, prometheus_dir: Path) -> None:
         self._name = name
-        self._work = WorkFolder(work_dir)
+        self._metrics = WorkFolder(work_dir).metrics
         self._prometheus = prometheus_dir / f"training-{name}.prom"
         self._prometheus_due = 0.0
-        self._card = TrainingCard(name, self._work.metrics)
+        self._card = TrainingCard(name, self._metrics)
         self._num_steps = 0
         self._last_line = 0.0
         self._bar = ProgressBar("training", "training steps done, of those planned; it stops earlier when nothing improves any more")
@@ -68,7 +67,7 @@ class TrainingProgress:
             return
         self._prometheus_due = time.monotonic() + SECONDS_BETWEEN_LINES
         try:
-            write_textfile(self._prometheus, self._name, read_history(self._work.history), read_metrics(self._work.metrics))
+            write_textfile(self._prometheus, self._name, self._card.history.lines, read_metrics(self._metrics))
         except OSError as error:
             logger.warning("the figures for Prometheus could not be written: %s", error)
 

@@ -91,13 +91,8 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's weights, durable and whole before the name appears. For a model that is whole in this rank."""
-    write_weights(model_tensors(model), path)
-
-
 def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write whole weights by name as `save_weights` does."""
+    """Write a whole model's weights by name, durable and whole before the file has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     write_safetensors(part, dict(tensors))
@@ -106,7 +101,7 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy weights written by `save_weights` into a model of the same architecture.
+    """Copy weights written by `write_weights` into a model of the same architecture.
 
     Raises:
         TrainingError: names or shapes differ.

@@ -4,14 +4,13 @@
 only what happens afterwards (a disk that lost bytes, a copy that was cut off) can make one that is not.
 """
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ml.training.folders import step_of
+from ml.training.folders import digest_of_file, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def find_damage(checkpoint: Path, *, read_bytes: bool = True) -> str | None:
             continue  # an older format, which whoever reads it refuses by its number
         if num_bytes != expected["bytes"]:
             return f"{name} has {num_bytes} bytes, not {expected['bytes']}"
-        if read_bytes and _sha256(path) != expected["sha256"]:
+        if read_bytes and digest_of_file(path) != expected["sha256"]:
             return f"{name} has other bytes than were written, its SHA-256 differs"
     return None
 
@@ -96,8 +95,3 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return step_of(path) or 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

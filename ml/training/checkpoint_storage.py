@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from ml.training.folders import write_json
+from ml.training.folders import digest_of_file, write_json
 
 INDEX_FILE = "tensors.json"
 _CHUNK_BYTES = 16 * 2**20
@@ -269,8 +269,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFil
 
 def stored_file(path: Path) -> StoredFile:
     """Size and digest of a file that is there."""
-    with path.open("rb") as file:
-        return StoredFile(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return StoredFile(path.name, path.stat().st_size, digest_of_file(path))
 
 
 def _is_empty_part(item: WriteItem) -> bool:

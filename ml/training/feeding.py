@@ -14,6 +14,9 @@ from ml.training.shares import ShareBalancer, deal_rows, padded_tokens
 from ml.training.spec import TrainSpec
 from ml.training.stepping import Stepper, StepResult
 
+# Rows of a global batch, rank by rank, and how many each data rank has; equal shares when None.
+Dealt = tuple[np.ndarray, list[int] | None]
+
 
 class Feed:
     """The rows of every step for one rank. All ranks make the same calls. Use as a context manager.
@@ -41,36 +44,24 @@ class Feed:
         if self._balancer is not None and progress.balance:
             self._balancer.restore(progress.balance)
         self._step = 0
-        self._coming: dict[int, np.ndarray] = {}
-        self._dealt: tuple[np.ndarray, list[int] | None] = (rows[:0], None)
+        self._coming: dict[int, Dealt] = {}
         pin = stepper.group.device.type == "cuda"
         num_passes = spec.gradient_sync.accumulation_steps
         self._prefetcher = Prefetcher[BatchKey](self._make, self._depth * num_passes, pin)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._sampler.steps_per_epoch
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long batches were waited for, in all."""
-        return self._prefetcher.wait_seconds
-
-    def begin(self, step: int) -> tuple[np.ndarray, list[int] | None]:
+    def begin(self, step: int) -> Dealt:
         """The rows of a step (counted from 0), rank by rank, and the number of each data rank's; those of the next steps are asked for."""
         self._step = step
-        self._coming = {known: rows for known, rows in self._coming.items() if known >= step}
+        self._coming = {known: dealt for known, dealt in self._coming.items() if known >= step}
         for coming in range(step, min(step + self._depth + 1, self._num_steps)):
-            if coming not in self._coming:
-                self._coming[coming] = self._sampler.rows(coming)
-                if self._expect_shards is not None:
-                    self._expect_shards(self._sampler.shards_ahead(coming))
-            dealt = self._deal(self._coming[coming])
-            if coming == step:
-                self._dealt = dealt
-            for part, _ in self._stepper.passes(*dealt):
+            if coming in self._coming:
+                continue
+            self._coming[coming] = self._deal(self._sampler.rows(coming))
+            if self._expect_shards is not None:
+                self._expect_shards(self._sampler.shards_ahead(coming))
+            for part, _ in self._stepper.passes(*self._coming[coming]):
                 self._prefetcher.ask(BatchKey.of(coming, part))
-        return self._dealt
+        return self._coming[step]
 
     def load(self, split: Split, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """A batch on the CPU: of the step that was begun, or of validation."""
@@ -82,8 +73,8 @@ class Feed:
         """The step that was begun is done: ranks that turned out faster get more of the next ones."""
         if self._balancer is None:
             return
-        rows, shares = self._dealt
-        share = np.concatenate([part[:num_counting] for part, num_counting in self._stepper.passes(rows, shares)])
+        passes = self._stepper.passes(*self._coming[self._step])
+        share = np.concatenate([part[:num_counting] for part, num_counting in passes])
         if self._balancer.exchange(
             self._stepper.group, self._stepper.data_rank, padded_tokens(share, self._lengths), result.forward_seconds
         ):
@@ -92,6 +83,7 @@ class Feed:
 
     def forget(self) -> None:
         """What was asked for will not be taken: the next step is another one, or its rows go to other ranks."""
+        self._coming.clear()
         self._prefetcher.forget()
 
     def __enter__(self) -> "Feed":
@@ -102,7 +94,7 @@ class Feed:
         self._stepper.load_batch = self._job.batch
         self._prefetcher.close()
 
-    def _deal(self, rows: np.ndarray) -> tuple[np.ndarray, list[int] | None]:
+    def _deal(self, rows: np.ndarray) -> Dealt:
         if self._num_data_ranks == 1:
             return rows, None
         fractions = None if self._balancer is None else self._balancer.fractions

@@ -15,6 +15,7 @@ preempted.json                the training was asked to end and saved this step;
 result/                       weights.safetensors, and result.json, whose existence means that the training is done
 """
 
+import hashlib
 import json
 import os
 import re
@@ -107,6 +108,12 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of its bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -35,6 +35,10 @@ class HistoryWriter:
     def event(self, message: str, **values: Any) -> None:
         self.write("event", message=message, **values)
 
+    def resumed(self, step: int, lost: int) -> None:
+        """Training goes on from a step, and so many finished ones are void."""
+        self.write("resumed", step=step, lost=lost, message=f"going on from step {step}; {lost} steps are done again")
+
     def __enter__(self) -> "HistoryWriter":
         return self
 
@@ -85,7 +89,7 @@ def resume_history(path: Path, step: int, kept: Path | None) -> int:
     if step or lost:
         _end_last_line(path)
         with HistoryWriter(path) as history:
-            history.write("resumed", step=step, lost=lost, message=f"going on from step {step}; {lost} steps are done again")
+            history.resumed(step, lost)
     return lost
 
 

@@ -249,9 +249,7 @@ class _Run:
         progress.poisoned_steps = sorted({*poisoned, *before.poisoned_steps})
         self.stepper.scaler(self.plan.precision).load(before.scaler)
         self.feed.forget()
-        self.history.write(
-            "resumed", step=progress.step, lost=lost, message=f"going on from step {progress.step}; {lost} steps are done again"
-        )
+        self.history.resumed(progress.step, lost)
 
     def _validate(self) -> None:
         progress = self.progress

@@ -10,7 +10,6 @@ fetched once and the bound holds; reading needs no lock, for a file that is dele
 """
 
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -21,15 +20,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ml.errors import DataError, MillstreamError
+from ml.training.folders import digest_of_file
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardCache:

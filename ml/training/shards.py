@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ml.errors import DataError
-from ml.training.folders import write_json
-from ml.training.shard_cache import ShardCache, digest_of_file
+from ml.training.folders import digest_of_file, write_json
+from ml.training.shard_cache import ShardCache
 
 FORMAT = "millstream token shards 1"
 INDEX_NAME = "index.json"

@@ -33,7 +33,8 @@ def signal_rank(work_dir: Path, rank: int, number: int) -> None:
 
 def disturb(work_dir: Path, moment: random.Random, number: int, **changes) -> tuple[TrainSpec, TrainOutcome]:
     """Send a signal to a random rank at a random moment after the first checkpoint; what came of the training."""
-    spec = launched_spec(work_dir, **changes)
+    # Batches are made ahead: ten steps must still take longer than the delay and the launcher's look at the history.
+    spec = launched_spec(work_dir, job={"step_seconds": 0.08}, **changes)
     step, rank, delay = moment.randint(INTERVAL + 1, NUM_STEPS - 10), moment.randint(0, 1), moment.uniform(0, 0.4)
     print(f"signal {number} to rank {rank} {delay:.3f} s after step {step}")
     outcome = run_training(spec, once_at(step, threading.Timer(delay, signal_rank, (work_dir, rank, number)).start))

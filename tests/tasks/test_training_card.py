@@ -11,8 +11,6 @@ import pytest
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from ml.training.folders import WorkFolder
-from ml.training.history import HistoryWriter
 from ml.training.meters import metrics_file
 from tasks import training_card
 from tasks.training_card import MAX_STEPS_KEPT, SECONDS_BETWEEN_CARDS, KeptHistory, TrainingCard
@@ -151,11 +149,8 @@ def test_batches_that_were_left_out_and_losses_that_are_none_are_told_of(caplog:
 
 
 def test_the_figures_for_prometheus_are_there_while_the_training_runs(server: Server, metrics_dir: Path, tmp_path: Path):
-    work = WorkFolder(metrics_dir.parent)
-    with HistoryWriter(work.history) as history:
-        history.write("step", step=3, loss=0.25, learning_rate=1e-3)
-    with TrainingProgress("reviews", work.root, tmp_path / "prometheus") as tell:
-        tell({"kind": "event", "message": "3 steps"})
+    with TrainingProgress("reviews", metrics_dir.parent, tmp_path / "prometheus") as tell:
+        tell({"kind": "step", "step": 3, "loss": 0.25, "learning_rate": 1e-3, "rows_per_second": 9.0})
         text = (tmp_path / "prometheus" / "training-reviews.prom").read_text()
     assert 'millstream_training_loss{training="reviews"} 0.25' in text
     assert not list((tmp_path / "prometheus").iterdir())

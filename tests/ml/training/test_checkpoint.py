@@ -12,7 +12,7 @@ from torch import nn
 
 from ml.errors import TrainingError
 from ml.training import checkpoint_storage
-from ml.training.checkpoint import Checkpointer, Progress, load_checkpoint, load_weights, read_state, save_weights
+from ml.training.checkpoint import Checkpointer, Progress, load_checkpoint, load_weights, read_state, write_weights
 from ml.training.checkpoint_folders import STATE_FILE, find_damage, newest_checkpoint
 from ml.training.checkpoint_storage import StoredFile
 from ml.training.folders import WorkFolder, write_json
@@ -84,7 +84,7 @@ def test_shared_weights_are_written_once_and_stay_shared(tmp_path: Path) -> None
     model, other = Tied(), Tied()
     model.count += 5
     assert model_tensors(model).keys() == {"table.weight", "count"}
-    save_weights(model, tmp_path / "w.safetensors")
+    write_weights(model_tensors(model), tmp_path / "w.safetensors")
     load_weights(other, tmp_path / "w.safetensors")
     assert torch.equal(other.out.weight, model.table.weight)
     assert other.out.weight is other.table.weight
@@ -92,7 +92,7 @@ def test_shared_weights_are_written_once_and_stay_shared(tmp_path: Path) -> None
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    save_weights(nn.Linear(3, 3), tmp_path / "w.safetensors")
+    write_weights(model_tensors(nn.Linear(3, 3)), tmp_path / "w.safetensors")
     with pytest.raises(TrainingError, match="another architecture"):
         load_weights(nn.Linear(3, 4), tmp_path / "w.safetensors")
 
@@ -139,7 +139,7 @@ def test_a_save_holds_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(checkpoint_storage, "write_safetensors", write_late)
     work = work_folder(tmp_path)
     trained = Trained(RankGroup(), split=False)
-    save_weights(trained.model, work.best_weights(2))
+    write_weights(model_tensors(trained.model), work.best_weights(2))
     trained.step(2)
     progress = Progress(step=2, best_step=2)
     with Checkpointer(work, RankGroup(), keep_last=2, asynchronous=True) as checkpointer:
