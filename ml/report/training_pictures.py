@@ -40,15 +40,6 @@ def step_times(latest: Mapping[int, Mapping[str, Any]]) -> str | None:
     return pictures._svg(figure, "steps")
 
 
-def describe_step_times(latest: Mapping[int, Mapping[str, Any]]) -> str:
-    """The picture in words, for those who do not see it."""
-    ranks = (
-        f"rank {rank}: " + ", ".join(f"{part} {1000 * seconds:.0f} ms" for part, seconds in _parts(line).items())
-        for rank, line in sorted(latest.items())
-    )
-    return "; ".join(ranks)
-
-
 def _parts(line: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each part; where communication is not known it stays in the backward pass."""
     communication = min((line.get("communication_share") or 0.0) * line["step_seconds"], line["backward_seconds"])

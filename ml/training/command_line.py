@@ -18,7 +18,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
             return _be_a_rank(spec)
-        _tell("done", outcome_json(run_training(spec, Progress(), checkpoints)))
+        with _metrics_served(options.metrics_port, spec):
+            _tell("done", outcome_json(run_training(spec, Progress(), checkpoints)))
         return 0
     except TrainingPreempted as error:
         return _tell_failure("preempted", error, error.exit_code)
@@ -130,8 +132,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting of the file, e.g. optimizer.learning_rate=1e-4"
     )
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="figures for Prometheus at http://127.0.0.1:PORT/metrics while it trains"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved spec and the launch command, and start nothing")
     return parser
+
+
+@contextmanager
+def _metrics_served(port: int | None, spec: TrainSpec) -> Iterator[None]:
+    if port is None:
+        yield
+        return
+    try:
+        from ml.training_metrics import serve
+    except ImportError as error:
+        raise ConfigError(f"--metrics-port needs the package prometheus-client ({error}); install it, or leave the option out") from error
+    work = WorkFolder(spec.work_dir)
+    try:
+        stop = serve(port, spec.work_dir.name, work.history, work.metrics)
+    except OSError as error:
+        raise ConfigError(f"--metrics-port {port}: {error.strerror or error}; give a free port") from error
+    try:
+        yield
+    finally:
+        stop()
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:

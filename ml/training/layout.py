@@ -68,13 +68,6 @@ class Layout:
         """Whether this rank speaks for its rows: of those that compute the same ones, the first slice of the last stage."""
         return self.coordinate(rank, "tensor") == 0 and self.coordinate(rank, "pipeline") == self.pipeline - 1
 
-    def ranks_along(self, rank: int, dimension: Dimension) -> tuple[int, ...]:
-        """The ranks that differ from this one in that dimension only, itself among them."""
-        others: list[Dimension] = [other for other in DIMENSIONS if other != dimension]
-        return tuple(
-            peer for peer in range(self.num_ranks) if all(self.coordinate(peer, other) == self.coordinate(rank, other) for other in others)
-        )
-
     @property
     def split_dimensions(self) -> tuple[Dimension, ...]:
         """Those with more than one rank, outermost first."""

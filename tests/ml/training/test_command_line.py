@@ -1,11 +1,16 @@
+import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from ml.errors import ConfigError
@@ -133,6 +138,28 @@ def test_an_error_in_a_rank_is_exit_code_1(tmp_path: Path) -> None:
     said = json.loads(result.stdout.splitlines()[-1])
     assert said["status"] == "failed" and "ValueError: the toy broke" in said["message"]
     assert processes_of(tmp_path / "work") == []
+
+
+def test_figures_are_served_while_it_trains(tmp_path: Path) -> None:
+    spec = toy_spec(tmp_path / "reviews", job={"step_seconds": 0.1})
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        refused = call("--spec", str(tmp_path / "spec.json"), "--metrics-port", str(port))
+        assert refused.returncode == 2
+        assert f"--metrics-port {port}: Address already in use" in json.loads(refused.stdout.splitlines()[-1])["message"]
+    arguments = ["--spec", str(tmp_path / "spec.json"), "--metrics-port", str(port)]
+    with subprocess.Popen([sys.executable, "-m", "ml.training", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as training:
+        found = ""
+        while training.poll() is None and 'millstream_training_step{training="reviews"}' not in found:
+            with contextlib.suppress(httpx.HTTPError):
+                found = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            time.sleep(0.05)
+        out, err = training.communicate(timeout=200)
+    assert training.returncode == 0, err.decode()
+    assert float(re.findall(r'millstream_training_step{training="reviews"} (\S+)', found)[0]) >= 1
 
 
 def test_started_by_torchrun_it_is_a_rank_itself(tmp_path: Path) -> None:

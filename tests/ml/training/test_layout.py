@@ -72,9 +72,9 @@ def test_every_rank_has_a_place_of_its_own() -> None:
     layout = Layout("ddp", replicate=2, shard=3, tensor=2, pipeline=2)
     places = {tuple(layout.coordinate(rank, name) for name in ("pipeline", "replicate", "shard", "tensor")) for rank in range(24)}
     assert len(places) == 24
-    assert layout.ranks_along(0, "tensor") == (0, 1)
-    assert layout.ranks_along(3, "shard") == (1, 3, 5)
-    assert layout.ranks_along(3, "pipeline") == (3, 15)
+    assert [layout.coordinate(rank, "tensor") for rank in (0, 1, 2, 3)] == [0, 1, 0, 1]
+    assert [layout.coordinate(rank, "shard") for rank in (1, 3, 5, 7)] == [0, 1, 2, 0]
+    assert [layout.coordinate(rank, "pipeline") for rank in (3, 15)] == [0, 1]
     assert [layout.data_rank(rank) for rank in (0, 1, 2, 6, 12)] == [0, 0, 1, 3, 0]
     # Each part of a batch is spoken for once.
     assert sorted(layout.data_rank(rank) for rank in range(24) if layout.counts(rank)) == list(range(6))
