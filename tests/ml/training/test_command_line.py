@@ -157,7 +157,7 @@ def test_figures_are_served_while_it_trains(tmp_path: Path) -> None:
             with contextlib.suppress(httpx.HTTPError):
                 found = httpx.get(f"http://127.0.0.1:{port}/metrics").text
             time.sleep(0.05)
-        out, err = training.communicate(timeout=200)
+        _, err = training.communicate(timeout=200)
     assert training.returncode == 0, err.decode()
     assert float(re.findall(r'millstream_training_step{training="reviews"} (\S+)', found)[0]) >= 1
 
