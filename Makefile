@@ -86,8 +86,8 @@ bench-gpu: $(VENV)/.dev ## tokens/s and MFU of transformers on one GPU
 test-netns: $(VENV)/.dev ## several hosts in network namespaces; needs root
 	$(BIN)/python -m pytest -m netns --timeout=1200 -rs
 
-lock: $(VENV)/.dev ## resolve pyproject.toml into the lock files
-	$(BIN)/python infra/write_locks.py
+lock: $(VENV)/.dev ## resolve pyproject.toml into the lock files; UPGRADE=1 takes the newest versions
+	$(BIN)/python infra/write_locks.py $(if $(UPGRADE),--upgrade)
 
 clean: ## stop everything and remove all local state; keeps .venv
 	@if [ -x $(BIN)/millstream ]; then $(BIN)/millstream clean --yes; else rm -rf .millstream; fi

@@ -1,5 +1,9 @@
-"""Resolve pyproject.toml into requirements.lock and requirements-dev.lock, with hashes. Run by `make lock`."""
+"""Resolve pyproject.toml into requirements.lock and requirements-dev.lock, with hashes. Run by `make lock`.
 
+What is locked stays as it is where pyproject.toml still allows it; with --upgrade (`make lock UPGRADE=1`) everything is resolved anew.
+"""
+
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +35,9 @@ def main() -> None:
 def compile_lock(work: Path, name: str, requirements: list[str], constraints: Path | None) -> Path:
     source, output = work / f"{name}.in", work / f"{name}.lock"
     source.write_text("\n".join(requirements) + "\n")
+    if "--upgrade" not in sys.argv:
+        # pip-compile keeps the versions that it finds in its output.
+        shutil.copyfile(ROOT / ("requirements.lock" if name == "run" else "requirements-dev.lock"), output)
     options = ["--quiet", "--generate-hashes", "--allow-unsafe", "--strip-extras", "--no-annotate", "--no-header"]
     options += ["--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host"]
     if constraints is not None:
